@@ -1,0 +1,194 @@
+"""``config.toml`` into frozen structs. An unknown key is an error that names it.
+
+The file is optional and so is every key; command-line flags replace values with `Config.replace`.
+Times are seconds.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from sectorfs.errors import BadConfig
+from sectorfs.types import parse_file_type
+
+_Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
+_Count = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class NodeConfig(_Section, frozen=True):
+    """``[node]``: where this node listens and under which URL others reach it."""
+
+    listen: str = "127.0.0.1:8480"
+    advertise: str = ""
+    """Base URL for other nodes; empty: ``http://<listen>``. Required on a wildcard address."""
+
+
+class IndexConfig(_Section, frozen=True):
+    """``[index]``: which Index this node uses and how its health is judged."""
+
+    url: str = "sqlite"
+    """``sqlite`` (this repo's own) or ``http://host:port/rpc/v0``."""
+    token_file: str = ""
+    heartbeat: _Seconds = 10
+    cutoff: _Seconds = 50
+    """Age of the last heartbeat from which a storage counts as unhealthy."""
+
+
+class PeersConfig(_Section, frozen=True):
+    """``[peers]``: how this node asks others."""
+
+    token_file: str = ""
+    parallel: _Count = 8
+    """Whole-file fetches at a time on this node."""
+
+
+class TimeoutsConfig(_Section, frozen=True):
+    """``[timeouts]``: how long anything may stay silent."""
+
+    connect: _Seconds = 3
+    first_byte: _Seconds = 10
+    progress: _Seconds = 10
+    """Longest gap between two pieces of a body, in either direction."""
+    disk: _Seconds = 15
+    """One operation on a storage path."""
+
+
+class MountConfig(_Section, frozen=True):
+    """``[mount]``: how the tree is shown."""
+
+    allow_other: bool = False
+    uid: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 2)] = 0
+    gid: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 2)] = 0
+    types: tuple[str, ...] = ()
+    """Type directories shown even while empty, beside ``unsealed``, ``sealed``, ``cache``."""
+
+
+class CacheConfig(_Section, frozen=True):
+    """``[cache]``: where fetched copies live."""
+
+    path: str = "cache"
+    """Absolute, or relative to the repo directory."""
+
+
+class StorageConfig(_Section, frozen=True):
+    """``[storage]``: how this node watches its storage paths."""
+
+    settle: _Seconds = 0.5
+    """A new file is declared once two looks this far apart agree."""
+    look: _Seconds = 30
+    """How often the type directories' modification times are looked at (network file systems)."""
+    rescan: _Seconds = 3600
+    """How often everything is listed again."""
+
+
+class Config(_Section, frozen=True):
+    """All settings of a node."""
+
+    node: NodeConfig = NodeConfig()
+    index: IndexConfig = IndexConfig()
+    peers: PeersConfig = PeersConfig()
+    timeouts: TimeoutsConfig = TimeoutsConfig()
+    mount: MountConfig = MountConfig()
+    cache: CacheConfig = CacheConfig()
+    storage: StorageConfig = StorageConfig()
+
+    def replace(self, **sections: dict[str, Any]) -> Config:
+        """A copy with some keys changed, checked like the file: ``replace(node={"listen": …})``."""
+        data = msgspec.to_builtins(self)
+        for section, values in sections.items():
+            data[section].update(values)
+        return _checked(data, "flags")
+
+    def toml(self) -> str:
+        """The settings in force as a ``config.toml``."""
+        return msgspec.toml.encode(self).decode()
+
+
+def load(path: Path) -> Config:
+    """Read a ``config.toml``; a missing file means all defaults."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return Config()
+    except OSError as exc:
+        raise BadConfig(f"cannot be read: {exc.strerror}", path) from exc
+    try:
+        data = msgspec.toml.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise BadConfig(f"not TOML: {exc}", path) from exc
+    return _checked(data, path)
+
+
+def _checked(data: Any, origin: object) -> Config:
+    _reject_unknown(data, origin)
+    try:
+        config = msgspec.convert(data, Config)
+    except msgspec.ValidationError as exc:
+        raise BadConfig(_key_first(str(exc)), origin) from exc
+    if config.index.cutoff <= config.index.heartbeat:
+        raise BadConfig("index.cutoff must be greater than index.heartbeat", origin)
+    if config.index.url != "sqlite":
+        parse_url(config.index.url, "index.url", origin)
+    parse_listen(config.node.listen, origin)
+    if config.node.advertise:
+        parse_url(config.node.advertise, "node.advertise", origin)
+    for name in config.mount.types:
+        try:
+            parse_file_type(name)
+        except ValueError as exc:
+            raise BadConfig(f"mount.types: {exc}", origin) from exc
+    return config
+
+
+def _reject_unknown(data: Any, origin: object) -> None:
+    """Name an unknown key in full, which msgspec's own message does not for sections."""
+    if not isinstance(data, dict):
+        return
+    sections = {field.name: field.type for field in msgspec.structs.fields(Config)}
+    for section, values in data.items():
+        if section not in sections:
+            raise BadConfig(
+                f"unknown key {section!r}", origin, f"known sections: {', '.join(sections)}"
+            )
+        known = [field.name for field in msgspec.structs.fields(sections[section])]
+        for key in values if isinstance(values, dict) else ():
+            if key not in known:
+                raise BadConfig(
+                    f"unknown key '{section}.{key}'", origin, f"known keys: {', '.join(known)}"
+                )
+
+
+def _key_first(message: str) -> str:
+    """``Expected `int`, got `str` - at `$.peers.parallel``` → ``peers.parallel: Expected …``."""
+    match = re.fullmatch(r"(.*) - at `\$\.?(.*)`", message)
+    return f"{match[2]}: {match[1]}" if match else message
+
+
+def parse_listen(text: str, origin: object = "node.listen") -> tuple[str, int]:
+    """``host:port`` (``[v6]:port``) into a pair; port 0 means any free one."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise BadConfig(f"node.listen {text!r} is not host:port", origin)
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def parse_url(text: str, key: str, origin: object = "") -> str:
+    """An ``http://host[:port][/path]`` URL without a trailing slash."""
+    try:
+        parts = urlsplit(text)
+        port_ok = parts.port is None or parts.port > 0
+    except ValueError:
+        port_ok = False
+        parts = urlsplit("")
+    if parts.scheme != "http" or not parts.hostname or not port_ok or parts.query:
+        raise BadConfig(f"{key} {text!r} is not a URL", origin, "write http://host:port")
+    return text.rstrip("/")

@@ -1,0 +1,33 @@
+"""Every metric of the program, declared once, in Prometheus' own units (seconds, bytes)."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+FUSE_REQUESTS = Counter(
+    "sectorfs_fuse_requests_total", "Requests of the kernel answered", ["operation", "result"]
+)
+FUSE_SECONDS = Histogram(
+    "sectorfs_fuse_request_seconds",
+    "Time to answer a request of the kernel",
+    ["operation"],
+    buckets=(1e-4, 1e-3, 1e-2, 0.1, 1, 10, 60),
+)
+OPEN_FILES = Gauge("sectorfs_open_files", "Files of the mount that are open")
+HTTP_REQUESTS = Counter(
+    "sectorfs_http_requests_total", "HTTP requests answered", ["route", "status"]
+)
+HTTP_SENT_BYTES = Counter("sectorfs_http_sent_bytes_total", "Bytes of bodies sent to peers")
+FETCHES = Counter("sectorfs_fetches_total", "Whole copies fetched", ["result"])
+FETCHED_BYTES = Counter("sectorfs_fetched_bytes_total", "Bytes received from peers")
+SOURCE_FAILURES = Counter("sectorfs_source_failures_total", "Sources that failed a fetch")
+STORAGE_HEALTHY = Gauge("sectorfs_storage_healthy", "1 while a path answers", ["storage"])
+STORAGE_CAPACITY = Gauge("sectorfs_storage_capacity_bytes", "Size of a path", ["storage"])
+STORAGE_AVAILABLE = Gauge("sectorfs_storage_available_bytes", "Room in a path", ["storage"])
+SCAN_ODD_ENTRIES = Counter(
+    "sectorfs_scan_odd_entries_total", "Entries of storage paths that are no sector files"
+)
+DECLARATIONS = Counter("sectorfs_declarations_total", "Sector files declared", ["change"])
+CATALOG_FILES = Gauge("sectorfs_catalog_sector_files", "Sector files in the catalog")
+CATALOG_SEQ = Gauge("sectorfs_catalog_seq", "Last change of the Index applied")
+INDEX_CONNECTED = Gauge("sectorfs_index_connected", "1 while the change feed answers")

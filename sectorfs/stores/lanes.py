@@ -1,0 +1,156 @@
+"""Threads for disk work, bounded and timed per storage; and file descriptors that outlive a hung call.
+
+Every storage path has one `Lane`: at most `width` calls at a time, each given up after `deadline`
+seconds. A disk that hangs therefore fills its own lane and costs its readers one deadline each, and
+nobody else anything. A thread that was given up runs on until the kernel lets it go; it keeps its place
+in the lane meanwhile, which is the bound on stuck threads.
+
+A descriptor that such a thread still uses must not be closed and its number reused under it, or the
+late call would act on another file: `Descriptor` closes when its last user has left.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Generic, Protocol, TypeVar
+
+import trio
+
+from sectorfs.errors import StorageUnavailable, from_os
+
+T = TypeVar("T")
+
+DEFAULT_WIDTH = 32
+
+
+class Run(Protocol):
+    """Run a blocking function in a bounded thread (`Lane.run`); what `wire` needs for file bodies."""
+
+    async def __call__(self, call: Callable[[], T], /, *, what: str) -> T:
+        """Await the result of `call()`."""
+
+
+class Lane:
+    """The threads one storage may occupy."""
+
+    def __init__(self, thing: str, *, deadline: float, width: int = DEFAULT_WIDTH) -> None:
+        self.thing = thing
+        """Path or URL named in errors."""
+        self.deadline = deadline
+        self._limiter = trio.CapacityLimiter(width)
+
+    @property
+    def busy(self) -> int:
+        """Calls that run or hang now."""
+        return self._limiter.borrowed_tokens
+
+    async def run(
+        self, call: Callable[[], T], *, what: str, discard: Callable[[T], object] | None = None
+    ) -> T:
+        """Run `call` in a thread. `StorageUnavailable` at the deadline, `errors.from_os` of an OSError.
+
+        A call given up (deadline, cancellation) may still finish later: `discard` then gets its result, in
+        the thread, so that a late `os.open` leaks nothing.
+        """
+        job = _Job(call, discard)
+        with trio.move_on_after(self.deadline):
+            try:
+                result = await trio.to_thread.run_sync(
+                    job.run, limiter=self._limiter, abandon_on_cancel=True
+                )
+                job.received = True
+                return result
+            except OSError as exc:
+                raise from_os(exc, what, self.thing) from exc
+            finally:
+                job.leave()
+        raise StorageUnavailable(
+            f"{what}: no answer within {self.deadline:g} s", self.thing, "check the disk"
+        )
+
+    async def finish(self, call: Callable[[], T], *, what: str) -> T:
+        """Run `call` in a thread to its end, whatever happens: for writes that must not be torn."""
+        try:
+            return await trio.to_thread.run_sync(call, limiter=self._limiter)
+        except OSError as exc:
+            raise from_os(exc, what, self.thing) from exc
+
+
+class _Job(Generic[T]):
+    """One call, and who cleans up its result when nobody waits for it any more."""
+
+    def __init__(self, call: Callable[[], T], discard: Callable[[T], object] | None) -> None:
+        self._call = call
+        self._discard = discard
+        self._lock = threading.Lock()
+        self._left = False
+        self._results: list[T] = []
+        self.received = False
+
+    def run(self) -> T:
+        result = self._call()
+        with self._lock:
+            self._results.append(result)
+            late = self._left
+        if late and self._discard is not None:
+            self._discard(result)
+        return result
+
+    def leave(self) -> None:
+        """The waiter goes; a result that came too late to reach it is discarded here."""
+        with self._lock:
+            self._left = True
+            orphans = [] if self.received else list(self._results)
+        for result in orphans:
+            if self._discard is not None:
+                self._discard(result)
+
+
+class Descriptor:
+    """A file descriptor closed by `close`, but not before the last ``with`` block over it ends."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._users = 0
+        self._closed = False
+        self._lock = (
+            threading.Lock()
+        )  # held for a few instructions only, on the loop and in threads
+
+    @property
+    def closed(self) -> bool:
+        """True once `close` was called."""
+        return self._closed
+
+    def __enter__(self) -> int:
+        with self._lock:
+            if self._closed:
+                raise OSError(errno.EBADF, "file was closed")
+            self._users += 1
+            return self._fd
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._lock:
+            self._users -= 1
+            last = self._closed and self._users == 0
+        if last:
+            os.close(self._fd)
+
+    def close(self) -> None:
+        """Close now, or when the last user leaves; a second call does nothing."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            last = self._users == 0
+        if last:
+            os.close(self._fd)

@@ -1,0 +1,63 @@
+"""What a store is to those above it: the mount opens through `SectorStore`, the server reads `LocalFiles`."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import msgspec
+
+from sectorfs.index.protocol import FsStat
+from sectorfs.stores.lanes import Descriptor, Lane
+from sectorfs.types import Facts, SectorFile, StorageID
+
+State = Literal["local", "shared", "cached", "partial", "remote", "unavailable"]
+"""Where a sector file is, seen from this node; `shared` is attached here and on another node."""
+
+
+class OpenFile(msgspec.Struct, frozen=True, kw_only=True):
+    """An open regular file on a storage path of this node. Whoever got it closes it."""
+
+    descriptor: Descriptor
+    size: int
+    """Bytes, by `fstat` at open."""
+    mtime_ns: int
+    """By `fstat` at open."""
+    inode: int
+    """Inode number on its own file system: with size and mtime the identity behind an ETag."""
+    storage: StorageID
+    path: str
+    lane: Lane
+    """Blocking reads of it go through here."""
+
+    def close(self) -> None:
+        """Close once the last thread that reads has left."""
+        self.descriptor.close()
+
+
+class LocalFiles(Protocol):
+    """Files on this node's storage paths; never anybody else's."""
+
+    async def open_file(self, file: SectorFile, member: str | None = None) -> OpenFile:
+        """Open a sector file, or a file in a sector directory.
+
+        `NotFound` when no path here has it, `StorageUnavailable` when its path does not answer.
+        """
+
+    async def listing(self, file: SectorFile) -> Facts:
+        """The facts of a sector file as they are on disk now; errors as `open_file`."""
+
+    async def stat(self, storage: StorageID) -> FsStat:
+        """Space of a path of this node; `NotFound` for any other."""
+
+
+class SectorStore(Protocol):
+    """Every sector file of the cluster, opened wherever it lies."""
+
+    async def open(self, file: SectorFile, member: str | None = None) -> OpenFile:
+        """Open a copy: a local one, or a whole copy fetched first.
+
+        `NotFound` when nobody declares it, `NoSource` (with every cause) when nobody can give it.
+        """
+
+    def state(self, file: SectorFile) -> State:
+        """Where a sector file is now."""
