@@ -3,8 +3,8 @@
 * ``errno``: what a reader of the mount gets; * ``status``: HTTP; * ``rpc_code``: JSON-RPC;
 * ``exit_code``: the command line; * ``retry``: whether the same call may succeed a little later.
 
-A message is three parts: what failed, on which thing, and what to do about it. Foreign exceptions are
-translated in the module that made the call, with ``from exc``.
+A message is three parts: what failed, on which thing, and what to do about it. Foreign exceptions
+are translated in the module that made the call, with ``from exc``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Threads for disk work, bounded and timed per storage; and file descriptors that outlive a hung call.
+"""Threads for disk work, bounded and timed per storage, and descriptors that outlive a hung call.
 
 Every storage path has one `Lane`: at most `width` calls at a time, each given up after `deadline`
 seconds. A disk that hangs therefore fills its own lane and costs its readers one deadline each, and
-nobody else anything. A thread that was given up runs on until the kernel lets it go; it keeps its place
-in the lane meanwhile, which is the bound on stuck threads.
+nobody else anything. A thread that was given up runs on until the kernel lets it go; it keeps its
+place in the lane meanwhile, which is the bound on stuck threads.
 
 A descriptor that such a thread still uses must not be closed and its number reused under it, or the
 late call would act on another file: `Descriptor` closes when its last user has left.
@@ -16,7 +16,7 @@ import os
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import trio
 
@@ -25,13 +25,6 @@ from sectorfs.errors import StorageUnavailable, from_os
 T = TypeVar("T")
 
 DEFAULT_WIDTH = 32
-
-
-class Run(Protocol):
-    """Run a blocking function in a bounded thread (`Lane.run`); what `wire` needs for file bodies."""
-
-    async def __call__(self, call: Callable[[], T], /, *, what: str) -> T:
-        """Await the result of `call()`."""
 
 
 class Lane:
@@ -51,10 +44,10 @@ class Lane:
     async def run(
         self, call: Callable[[], T], *, what: str, discard: Callable[[T], object] | None = None
     ) -> T:
-        """Run `call` in a thread. `StorageUnavailable` at the deadline, `errors.from_os` of an OSError.
+        """Run `call` in a thread; an `OSError` is translated by `errors.from_os`.
 
-        A call given up (deadline, cancellation) may still finish later: `discard` then gets its result, in
-        the thread, so that a late `os.open` leaks nothing.
+        `StorageUnavailable` at the deadline. A call given up (deadline, cancellation) may still
+        finish later: `discard` then gets its result, so that a late `os.open` leaks nothing.
         """
         job = _Job(call, discard)
         with trio.move_on_after(self.deadline):

@@ -1,4 +1,4 @@
-"""What a store is to those above it: the mount opens through `SectorStore`, the server reads `LocalFiles`."""
+"""What stores are to those above: the mount opens in `SectorStore`, the server in `LocalFiles`."""
 
 from __future__ import annotations
 
