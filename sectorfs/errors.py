@@ -166,6 +166,24 @@ class Stale(SectorFSError):
     status = 409
 
 
+class NameTooLong(BadInput):
+    """A file name beyond 255 bytes."""
+
+    errno = _errno.ENAMETOOLONG
+
+
+class ReadOnly(Refused):
+    """A change asked of the mount, which offers none."""
+
+    errno = _errno.EROFS
+
+
+class NoAttribute(NotFound):
+    """An extended attribute that this file does not have."""
+
+    errno = _errno.ENODATA
+
+
 class MountFailed(SectorFSError):
     """The kernel refused the mount."""
 
