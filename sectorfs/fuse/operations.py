@@ -1,0 +1,461 @@
+"""pyfuse3 ⇄ tree and handles: the requests of the kernel, and the life of the mount.
+
+Every handler converts arguments, calls, converts the result, and wears `@replies`; it decides
+nothing. An exception other than `FUSEError` that leaves a handler would end the whole mount.
+
+pyfuse3 keeps one session in global variables, so a process has one mount. The order at its end
+matters: the connection is aborted first (which frees every process, and every thread of ours, that
+waits in it), then the mount is detached, then the tasks and the thread are awaited, and only then
+is the session freed, which all of them use.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Coroutine, Hashable, Sequence
+from types import TracebackType
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
+
+import pyfuse3
+import trio
+
+from sectorfs.config import MountConfig
+from sectorfs.errors import MountFailed, ReadOnly, SectorFSError
+from sectorfs.fuse import mounts, xattrs
+from sectorfs.fuse.handles import Handles, Invalidate, OnStale
+from sectorfs.fuse.inodes import InodeTable
+from sectorfs.fuse.notifications import ForgetName, Notice, Notifications
+from sectorfs.fuse.tree import (
+    NAME_MAX,
+    NEGATIVE_FOR,
+    Attributes,
+    CatalogView,
+    Tree,
+    space,
+)
+from sectorfs.metrics import FUSE_REQUESTS, FUSE_SECONDS
+from sectorfs.stores.protocol import SectorStore
+from sectorfs.types import SectorFile, StorageID
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+MAX_TASKS = 4000
+"""Requests answered at a time. 130 readers of one hung disk filled pyfuse3's own 99."""
+STOP_PATIENCE = 2.0
+"""Seconds the end of the mount waits for tasks, and for its thread."""
+
+_BLOCK = 4096
+
+
+def replies(
+    handler: Callable[Concatenate[SectorOperations, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[SectorOperations, P], Coroutine[Any, Any, R]]:
+    """Answer every exception of a handler with an errno, count the request and time it."""
+    operation = handler.__name__
+    seconds = FUSE_SECONDS.labels(operation)
+    fine = FUSE_REQUESTS.labels(operation, "ok")
+
+    @functools.wraps(handler)
+    async def reply(self: SectorOperations, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        started = time.perf_counter()
+        try:
+            result = await handler(self, *args, **kwargs)
+        except pyfuse3.FUSEError as exc:
+            _count_error(operation, exc.errno)
+            raise
+        except SectorFSError as exc:
+            log.log(_level(exc), "%s: %s", operation, exc)
+            _count_error(operation, exc.errno)
+            raise pyfuse3.FUSEError(exc.errno) from exc
+        except Exception as exc:
+            log.exception("%s failed", operation)
+            _count_error(operation, errno.EIO)
+            raise pyfuse3.FUSEError(errno.EIO) from exc
+        finally:
+            seconds.observe(time.perf_counter() - started)
+        fine.inc()
+        return result
+
+    return reply
+
+
+def _refusal(operation: str) -> Callable[..., Coroutine[Any, Any, NoReturn]]:
+    """A handler that refuses to change anything."""
+
+    async def refuse(self: SectorOperations, *request: object) -> NoReturn:
+        raise ReadOnly("read-only mount", operation)
+
+    refuse.__name__ = operation
+    return replies(refuse)
+
+
+def _count_error(operation: str, code: int) -> None:
+    FUSE_REQUESTS.labels(operation, errno.errorcode.get(code, str(code))).inc()
+
+
+def _level(exc: SectorFSError) -> int:
+    # EIO means that data cannot be had; a name that does not exist is daily business.
+    return logging.ERROR if exc.errno == errno.EIO else logging.DEBUG
+
+
+class SectorOperations(pyfuse3.Operations):
+    """The handlers. Everything they answer comes from the parts passed in."""
+
+    supports_dot_lookup = True
+    enable_writeback_cache = False
+
+    def __init__(
+        self,
+        catalog: CatalogView,
+        store: SectorStore,
+        config: MountConfig,
+        *,
+        cutoff: float,
+        local_path: xattrs.LocalPath,
+        filesystem: Callable[[StorageID], Hashable | None],
+        on_stale: OnStale,
+    ) -> None:
+        super().__init__()
+        self._catalog = catalog
+        self._store = store
+        self._config = config
+        self._cutoff = cutoff
+        self._local_path = local_path
+        self._filesystem = filesystem
+        self.introduced = trio.Event()
+        self.inodes = InodeTable()
+        self.tree = Tree(catalog, self.inodes, types=config.types)
+        self.notifications = Notifications(self.inodes, shown_types=self.tree.shown_types)
+        invalidate: Invalidate = self.notifications.forget_name
+        self.handles = Handles(
+            store, self.tree, self.inodes, on_stale=on_stale, invalidate=invalidate
+        )
+
+    def init(self) -> None:
+        """The kernel has introduced itself; its caches, and notices to them, begin here."""
+        self.introduced.set()
+        self.notifications.start()
+
+    @replies
+    async def lookup(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """Find a name; one that does not exist may be remembered for a second."""
+        found = self.tree.lookup(parent_inode, name)
+        if found is None:
+            return _no_such_entry()
+        if found.key is not None:
+            self.inodes.look_up(found.key)
+        return self._entry(found.attributes)
+
+    async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
+        """Take look-ups back. Nobody waits for an answer, not even for an error."""
+        try:
+            for number, count in inode_list:
+                self.inodes.forget(number, count)
+        except Exception:
+            log.exception("forget failed")
+
+    @replies
+    async def getattr(
+        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """Attributes of an inode the kernel holds."""
+        return self._entry(self.tree.attributes(inode))
+
+    @replies
+    async def access(
+        self, inode: pyfuse3.InodeT, mode: pyfuse3.ModeT, ctx: pyfuse3.RequestContext
+    ) -> bool:
+        """Nobody may write; the kernel judges the rest by mode and owner."""
+        if mode & os.W_OK:
+            raise ReadOnly("read-only mount", f"inode {inode}")
+        return True
+
+    @replies
+    async def opendir(
+        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.FileHandleT:
+        """Take a snapshot of a directory."""
+        return self.handles.open_directory(inode)
+
+    @replies
+    async def readdir(
+        self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken
+    ) -> None:
+        """List names with attributes until the kernel's buffer is full."""
+        listing = self.handles.directory(fh)
+        for position, entry in self.tree.entries(listing, start_id):
+            attributes = self._entry(entry.attributes)
+            if not pyfuse3.readdir_reply(token, entry.name.encode(), attributes, position):
+                break
+            if entry.key is not None:
+                self.inodes.look_up(entry.key)
+
+    @replies
+    async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
+        """Forget a snapshot."""
+        self.handles.release_directory(fh)
+
+    @replies
+    async def open(
+        self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.FileInfo:
+        """Open a file for reading, wherever it lies."""
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & (os.O_TRUNC | os.O_APPEND):
+            raise ReadOnly("read-only mount", f"inode {inode}")
+        handle = await self.handles.open(inode)
+        return pyfuse3.FileInfo(fh=handle, direct_io=False, keep_cache=True)
+
+    @replies
+    async def read(  # type: ignore[override]  # pyfuse3 takes any buffer; its stub says bytes
+        self, fh: pyfuse3.FileHandleT, off: int, size: int
+    ) -> bytes | memoryview:
+        """Read; pyfuse3 copies the buffer to the kernel before anybody else runs."""
+        return await self.handles.read(fh, off, size)
+
+    @replies
+    async def flush(self, fh: pyfuse3.FileHandleT) -> None:
+        """Say once that there is nothing to flush; the kernel then saves a round trip per close."""
+        raise pyfuse3.FUSEError(errno.ENOSYS)
+
+    @replies
+    async def release(self, fh: pyfuse3.FileHandleT) -> None:
+        """Close a file."""
+        self.handles.release(fh)
+
+    @replies
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        """Totals of the attached storages."""
+        total = space(self._catalog.storages(), self._filesystem)
+        result = pyfuse3.StatvfsData()
+        result.f_bsize = result.f_frsize = _BLOCK
+        result.f_blocks = total.capacity // _BLOCK
+        result.f_bfree = result.f_bavail = total.available // _BLOCK
+        result.f_namemax = NAME_MAX
+        return result
+
+    @replies
+    async def getxattr(
+        self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext
+    ) -> bytes:
+        """One of `user.sectorfs.*`."""
+        return xattrs.value(name, self.inodes.key(inode), self._describe)
+
+    @replies
+    async def listxattr(
+        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
+    ) -> Sequence[pyfuse3.XAttrNameT]:
+        """None, so that nobody copies them."""
+        return []
+
+    def _describe(self, file: SectorFile) -> xattrs.Subject:
+        copies = xattrs.locations(
+            self._catalog,
+            file,
+            local_path=self._local_path,
+            now=trio.current_time(),
+            cutoff=self._cutoff,
+        )
+        return xattrs.Subject(file, self._store.state(file), copies)
+
+    def _entry(self, attributes: Attributes) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = attributes.number
+        entry.st_mode = attributes.mode
+        entry.st_nlink = attributes.links
+        entry.st_size = attributes.size
+        entry.st_blocks = attributes.blocks
+        entry.st_uid = self._config.uid
+        entry.st_gid = self._config.gid
+        entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = attributes.mtime_ns
+        entry.attr_timeout = attributes.valid_for
+        entry.entry_timeout = attributes.valid_for
+        return entry
+
+    # The kernel's `ro` flag stops nearly all of these before they get here; the answer is the same.
+    setattr = _refusal("setattr")
+    mknod = _refusal("mknod")
+    mkdir = _refusal("mkdir")
+    unlink = _refusal("unlink")
+    rmdir = _refusal("rmdir")
+    symlink = _refusal("symlink")
+    rename = _refusal("rename")
+    link = _refusal("link")
+    create = _refusal("create")
+    write = _refusal("write")
+    setxattr = _refusal("setxattr")
+    removexattr = _refusal("removexattr")
+
+
+def _no_such_entry() -> pyfuse3.EntryAttributes:
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = 0
+    entry.entry_timeout = NEGATIVE_FOR
+    return entry
+
+
+class Mount:
+    """The mount: there from `async with` on, answering while `run` runs, gone after it.
+
+    An exception that leaves the block is a crash and not an administrator's stop: then the mount
+    stays, dead, so that nobody mistakes an empty directory for lost sectors. The next start
+    replaces it.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        operations: SectorOperations,
+        *,
+        allow_other: bool,
+        options: Sequence[str] = (),
+    ) -> None:
+        self.path = mounts.canonical(path)
+        self._operations = operations
+        self._options = {
+            f"fsname={mounts.NAME}",
+            f"subtype={mounts.NAME}",
+            "ro",
+            "nosuid",
+            "nodev",
+            "default_permissions",
+            *(["allow_other"] if allow_other else []),
+            *options,
+        }
+        self._minor: int | None = None
+        self._scope = trio.CancelScope()
+        self._running = False
+        self._ended = trio.Event()
+        self._notifier = threading.Thread(
+            target=_notify, args=(operations.notifications,), name="notifications", daemon=True
+        )
+
+    async def __aenter__(self) -> Mount:
+        mounts.check_mountpoint(self.path)
+        _init(self._operations, self.path, self._options)
+        mount = mounts.find_mount(self.path)
+        self._minor = mount.minor if mount is not None else None
+        self._notifier.start()
+        log.info("mounted at %s", self.path)
+        return self
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Answer the kernel until the mount ends; returns when somebody else unmounts it.
+
+        Counts as started once the kernel has introduced itself.
+        """
+        self._running = True
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._answer, nursery.cancel_scope)
+                    await self._operations.introduced.wait()
+                    # Not earlier: the introduction sets the kernel's own bounds.
+                    if (mount := mounts.find_mount(self.path)) is not None:
+                        mounts.tune(mount)
+                    task_status.started()
+        finally:
+            self._ended.set()
+
+    async def _answer(self, scope: trio.CancelScope) -> None:
+        await pyfuse3.main(max_tasks=MAX_TASKS)
+        log.info("%s: the kernel ended the mount", self.path)
+        scope.cancel()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with trio.CancelScope(shield=True):
+            await self._stop(leave=_is_crash(exc))
+
+    async def _stop(self, *, leave: bool) -> None:
+        self._operations.notifications.close()
+        if self._minor is not None:
+            await _try("abort", functools.partial(mounts.abort, self._minor))
+        if not leave:
+            await _try("unmount", functools.partial(self._detach))
+        self._scope.cancel()
+        with trio.move_on_after(STOP_PATIENCE):
+            if self._running:
+                await self._ended.wait()
+        await _try("join", functools.partial(self._notifier.join, STOP_PATIENCE))
+        self._operations.handles.close_all()
+        if (self._running and not self._ended.is_set()) or self._notifier.is_alive():
+            log.warning("%s: a request is stuck; its memory is left to the end", self.path)
+            return
+        pyfuse3.close(unmount=False)
+        log.info("%s: %s", self.path, "left to the next start" if leave else "unmounted")
+
+    def _detach(self) -> None:
+        mount = mounts.find_mount(self.path)
+        if mount is not None and mount.minor == self._minor:
+            mounts.detach(self.path)
+
+
+def _is_crash(exc: BaseException | None) -> bool:
+    if isinstance(exc, BaseExceptionGroup):
+        return any(_is_crash(inner) for inner in exc.exceptions)
+    return isinstance(exc, Exception)
+
+
+async def _try(what: str, call: Callable[[], None]) -> None:
+    """Run a step of the end in a thread, for as long as patience lasts; failures are logged."""
+    with trio.move_on_after(STOP_PATIENCE * 2):
+        try:
+            await trio.to_thread.run_sync(call, abandon_on_cancel=True)
+        except SectorFSError as exc:
+            log.warning("%s: %s", what, exc)
+
+
+def _init(operations: SectorOperations, path: str, options: set[str]) -> None:
+    try:
+        pyfuse3.init(operations, path, options)
+    except RuntimeError as exc:
+        if "fuse_session_new" in str(exc):
+            raise MountFailed("unknown mount option", path, f"{sorted(options)}") from exc
+        pyfuse3.close(unmount=False)
+        hint = "run as root, or install fuse3; allow_other needs user_allow_other in /etc/fuse.conf"
+        raise MountFailed("the kernel refused the mount", path, hint) from exc
+
+
+def _notify(notifications: Notifications) -> None:
+    """The notifying thread: hand notices to the kernel one by one."""
+    while (notices := notifications.take()) is not None:
+        for notice in notices:
+            if notifications.closed:
+                return
+            try:
+                _send(notice)
+            except FileNotFoundError:
+                continue  # the kernel does not know it
+            except OSError as exc:
+                log.log(
+                    logging.DEBUG if exc.errno in _ENDED else logging.WARNING,
+                    "notification %s: %s",
+                    notice,
+                    exc,
+                )
+            except Exception:
+                log.exception("notification %s", notice)
+
+
+_ENDED = (errno.ENODEV, errno.ENOTCONN, errno.EBADF, errno.ECONNABORTED)
+
+
+def _send(notice: Notice) -> None:
+    if isinstance(notice, ForgetName):
+        pyfuse3.invalidate_entry(notice.parent, notice.name)
+    else:
+        pyfuse3.invalidate_inode(notice.number, attr_only=True)
