@@ -1,0 +1,208 @@
+"""Keeps a catalog current: a snapshot first, then changes by long poll, for as long as it runs.
+
+One loop asks; nothing else does. Whatever fails, the catalog stays as it is and the loop asks again
+a little later: an Index that is away, or a token it does not take, never empties the tree. Answers
+are applied in slices with a checkpoint between them, so that the kernel is not kept waiting.
+
+Cancelled anywhere it leaves a catalog that is right as of its `seq`, or one in the middle of a
+merge, which the next `step` begins anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+from itertools import islice
+
+import msgspec
+import trio
+
+from sectorfs import metrics
+from sectorfs.errors import SectorFSError, Unreachable
+from sectorfs.index.catalog import Catalog, FileChange, Reload
+from sectorfs.index.protocol import Changes, LocationKey, SectorIndex
+from sectorfs.types import StorageID
+
+log = logging.getLogger(__name__)
+
+PAGE = 500
+"""Rows asked for at a time: decoding and applying them takes a few milliseconds."""
+SLICE = 250
+"""Changes applied without a checkpoint."""
+FIRST_PAUSE = 0.5
+LONGEST_PAUSE = 5.0
+
+
+class Feed:
+    """Follows an index into a catalog; `run` is its only task."""
+
+    def __init__(
+        self,
+        index: SectorIndex,
+        catalog: Catalog,
+        *,
+        heartbeat: float,
+        on_change: Callable[[list[FileChange]], None],
+        clock: Callable[[], float] = trio.current_time,
+        clock_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self.index = index
+        self.catalog = catalog
+        self.connected = False
+        """True while the last question was answered."""
+        self._heartbeat = heartbeat
+        self._on_change = on_change
+        self._clock = clock
+        self._clock_ns = clock_ns
+        self._reload = True
+        self._refresh_at = 0.0
+        self._answered: float | None = None
+        self._failure = ""
+        self._moved = trio.Event()
+
+    @property
+    def age(self) -> float:
+        """Seconds since the Index last answered; infinite before the first time."""
+        return float("inf") if self._answered is None else self._clock() - self._answered
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Follow until cancelled. Started once the catalog is loaded or the Index proved away."""
+        pause = 0.0
+        while True:
+            try:
+                await self.step(wait=self._heartbeat)
+                pause = 0.0
+            except SectorFSError as exc:
+                self._failed(exc)
+                pause = _next_pause(pause, exc)
+            except Exception as exc:  # the boundary of a long-lived task: the mount must go on
+                self._failed(exc)
+                pause = LONGEST_PAUSE
+            if self.catalog.loaded or pause:
+                task_status.started()
+                task_status = trio.TASK_STATUS_IGNORED
+            if pause:
+                # Nodes that lost the Index together must not come back in step.
+                await trio.sleep(pause * random.uniform(0.5, 1))
+
+    async def step(self, *, wait: float) -> None:
+        """Ask once: a snapshot when one is due, else changes, waiting up to `wait` seconds."""
+        if self._reload:
+            await self._load()
+            self._refresh_at = self._clock() + self._heartbeat
+        else:
+            await self._refresh()
+            await self._follow(wait)
+
+    async def wait_until(self, condition: Callable[[Catalog], bool]) -> None:
+        """Wait until something holds of the catalog, looked at after every slice applied."""
+        while not condition(self.catalog):
+            await self._moved.wait()
+
+    async def wait_seq(self, seq: int) -> None:
+        """Wait until the catalog is loaded and has change `seq`."""
+        await self.wait_until(lambda catalog: catalog.loaded and catalog.seq >= seq)
+
+    async def _load(self) -> None:
+        reload = Reload(self.catalog)
+        after: LocationKey | None = None
+        while True:
+            page = await self.index.snapshot(after=after, limit=PAGE)
+            self._answer()
+            if after is not None and page.epoch != reload.epoch:
+                return  # the Index was replaced between two pages: begin anew
+            if after is not None and page.after is not None and page.after <= after:
+                raise Unreachable("the Index repeats a page of its snapshot", str(after.file))
+            found = reload.add(page, now_ns=self._clock_ns(), now=self._clock())
+            self._reload = page.after is not None
+            self._applied(found)
+            if page.after is None:
+                return
+            after = page.after
+
+    async def _refresh(self) -> None:
+        """Heartbeats make no changes: space and age are asked for now and then."""
+        if self._clock() < self._refresh_at:
+            return
+        statuses = await self.index.storages()
+        self._answer()
+        self.catalog.update_storages(statuses, self._clock())
+        self._refresh_at = self._clock() + self._heartbeat
+
+    async def _follow(self, wait: float) -> None:
+        wait = min(wait, max(0.0, self._refresh_at - self._clock()))
+        changes = await self.index.changes(
+            self.catalog.epoch, self.catalog.seq, wait=wait, limit=PAGE
+        )
+        self._answer()
+        if changes.reload:
+            log.info("the Index asks for a new snapshot")
+            self._reload = True
+            return
+        for part in _sliced(changes, self.catalog):
+            self._applied(self.catalog.apply(part, self._clock_ns(), self._clock()))
+            await trio.lowlevel.checkpoint()
+
+    def _applied(self, found: list[FileChange]) -> None:
+        metrics.CATALOG_FILES.set(len(self.catalog))
+        metrics.CATALOG_SEQ.set(self.catalog.seq)
+        if found:
+            self._on_change(found)
+        self._moved.set()
+        self._moved = trio.Event()
+
+    def _answer(self) -> None:
+        self._answered = self._clock()
+        if not self.connected:
+            self.connected = True
+            metrics.INDEX_CONNECTED.set(1)
+            if self._failure:
+                log.info("the Index answers again")
+        self._failure = ""
+
+    def _failed(self, exc: Exception) -> None:
+        """Log the first failure and every one of another kind, not each."""
+        self.connected = False
+        metrics.INDEX_CONNECTED.set(0)
+        kind = type(exc).__name__
+        if kind == self._failure:
+            return
+        self._failure = kind
+        if isinstance(exc, SectorFSError):
+            log.warning("the Index is away, its last known state stays: %s", exc)
+        else:
+            log.error("following the Index failed", exc_info=exc)
+
+
+def _next_pause(pause: float, exc: SectorFSError) -> float:
+    if not exc.retry:
+        return LONGEST_PAUSE
+    return min(LONGEST_PAUSE, 2 * pause) if pause else FIRST_PAUSE
+
+
+def _sliced(changes: Changes, catalog: Catalog) -> Sequence[Changes]:
+    """Parts that are quickly applied, in an order that keeps the catalog right after each.
+
+    Only the last part carries the new `seq`: one that is cancelled before is asked for again.
+    """
+    base = msgspec.structs.replace(
+        changes, seq=catalog.seq, storages=(), detached=(), declared=(), dropped=()
+    )
+    parts = []
+    for storage in changes.detached:
+        held = (LocationKey(file, StorageID(storage)) for file in catalog.files_of(storage))
+        while keys := tuple(islice(held, SLICE)):
+            parts.append(msgspec.structs.replace(base, dropped=keys))
+    parts.append(
+        msgspec.structs.replace(base, detached=changes.detached, storages=changes.storages)
+    )
+    for start in range(0, len(changes.declared), SLICE):
+        declared = changes.declared[start : start + SLICE]
+        parts.append(msgspec.structs.replace(base, declared=declared))
+    for start in range(0, len(changes.dropped), SLICE):
+        dropped = changes.dropped[start : start + SLICE]
+        parts.append(msgspec.structs.replace(base, dropped=dropped))
+    parts[-1] = msgspec.structs.replace(parts[-1], seq=changes.seq)
+    return parts

@@ -1,0 +1,185 @@
+"""What each write to the embedded Index does, inside a transaction that the caller opened.
+
+Every function leaves a row in ``change`` for each thing that became different, and none where all
+was so already: a node that declares its million files at start must not wake the whole cluster.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import Any
+
+from sectorfs.errors import NotFound
+from sectorfs.index.checks import missing
+from sectorfs.index.protocol import Declaration, FsStat, HealthReport, LocationKey, StorageInfo
+from sectorfs.index.rows import (
+    STORAGE_COLUMNS,
+    STORAGE_INFO_COUNT,
+    STORAGE_MARKS,
+    Connection,
+    facts_row,
+    info_row,
+    split,
+    stat_row,
+)
+from sectorfs.types import StorageID
+
+
+class Kind(enum.IntEnum):
+    """What a row of ``change`` is about."""
+
+    STORAGE = 1
+    """A storage was attached, or its description or error changed."""
+    DETACHED = 2
+    """A storage went, and with it its declarations: they get no rows of their own."""
+    LOCATION = 3
+    """A declaration came, changed or went."""
+
+
+def unknown_storage(storage: str) -> NotFound:
+    """The error for a storage that was never attached, or was detached."""
+    return NotFound("unknown storage", storage, "attach it first")
+
+
+def attach(db: Connection, info: StorageInfo, stat: FsStat, now_ns: int) -> None:
+    """Insert a storage, or merge its URLs and replace the rest; counts as a heartbeat."""
+    row = db.execute(
+        f"SELECT {STORAGE_COLUMNS} FROM storage_path WHERE storage_id = ?", (info.storage,)
+    ).fetchone()
+    known = split(row[1]) if row is not None else ()
+    values = list(info_row(info))
+    values[1] = ",".join(dict.fromkeys((*known, *info.urls)))
+    db.execute(
+        f"INSERT OR REPLACE INTO storage_path ({STORAGE_COLUMNS}) VALUES ({STORAGE_MARKS})",
+        (*values, *stat_row(stat), None, now_ns),
+    )
+    same = row is not None and tuple(row[:STORAGE_INFO_COUNT]) == tuple(values)
+    if not same or row[-2] is not None:
+        _storage_changed(db, Kind.STORAGE, info.storage)
+
+
+def detach(db: Connection, storage: StorageID, url: str) -> None:
+    """Remove a URL; with the last one the storage, its declarations and their facts."""
+    row = db.execute("SELECT urls FROM storage_path WHERE storage_id = ?", (storage,)).fetchone()
+    if row is None:
+        raise unknown_storage(storage)
+    urls = split(row[0])
+    if urls and url not in urls:
+        raise NotFound(f"not reached under {url}", storage, f"its URLs: {', '.join(urls)}")
+    rest = [known for known in urls if known != url]
+    if rest:
+        db.execute(
+            "UPDATE storage_path SET urls = ? WHERE storage_id = ?", (",".join(rest), storage)
+        )
+        _storage_changed(db, Kind.STORAGE, storage)
+        return
+    db.execute("DELETE FROM storage_path WHERE storage_id = ?", (storage,))
+    db.execute("DELETE FROM sector_location WHERE storage_id = ?", (storage,))
+    _storage_changed(db, Kind.DETACHED, storage)
+
+
+def report_health(db: Connection, storage: StorageID, report: HealthReport, now_ns: int) -> None:
+    """Store a heartbeat; only another error text is a change."""
+    row = db.execute(
+        "SELECT heartbeat_err FROM storage_path WHERE storage_id = ?", (storage,)
+    ).fetchone()
+    if row is None:
+        raise unknown_storage(storage)
+    error = report.error or None
+    db.execute(
+        "UPDATE storage_path SET capacity = ?, available = ?, fs_available = ?, reserved = ?,"
+        " max = ?, used = ?, heartbeat_err = ?, last_heartbeat = ? WHERE storage_id = ?",
+        (*stat_row(report.stat), error, now_ns, storage),
+    )
+    if row[0] != error:
+        _storage_changed(db, Kind.STORAGE, storage)
+
+
+def declare(db: Connection, declarations: Sequence[Declaration]) -> None:
+    """Upsert declarations: primary is only upgraded, facts that are sent replace those known."""
+    wanted = {declaration.storage for declaration in declarations}
+    unknown = missing(wanted, [one for one in wanted if _known(db, one)])
+    if unknown:
+        raise unknown_storage(unknown[0])
+    for declaration in declarations:
+        _declare_one(db, declaration)
+
+
+def drop(db: Connection, keys: Sequence[LocationKey]) -> None:
+    """Delete declarations; those that do not exist change nothing."""
+    for key in keys:
+        where = _where(key)
+        found = db.execute(
+            "DELETE FROM sector_location WHERE miner_id = ? AND sector_num = ?"
+            " AND sector_filetype = ? AND storage_id = ? RETURNING 1",
+            where,
+        ).fetchall()
+        if found:
+            _location_changed(db, where)
+
+
+def prune(db: Connection, *, keep: int) -> None:
+    """Forget all but the newest `keep` changes."""
+    db.execute("DELETE FROM change WHERE seq <= (SELECT max(seq) FROM change) - ?", (keep,))
+
+
+def _known(db: Connection, storage: StorageID) -> bool:
+    row = db.execute("SELECT 1 FROM storage_path WHERE storage_id = ?", (storage,)).fetchone()
+    return row is not None
+
+
+def _declare_one(db: Connection, declaration: Declaration) -> None:
+    where = _where(declaration.key)
+    facts = None if declaration.facts is None else facts_row(declaration.facts)
+    row = db.execute(
+        "SELECT l.is_primary, f.size, f.mtime_ns, f.members"
+        " FROM sector_location AS l LEFT JOIN sector_facts AS f"
+        " USING (miner_id, sector_num, sector_filetype, storage_id)"
+        " WHERE l.miner_id = ? AND l.sector_num = ? AND l.sector_filetype = ?"
+        " AND l.storage_id = ?",
+        where,
+    ).fetchone()
+    changed = False
+    if row is None:
+        db.execute(
+            "INSERT INTO sector_location"
+            " (miner_id, sector_num, sector_filetype, storage_id, is_primary)"
+            " VALUES (?, ?, ?, ?, ?)",
+            (*where, int(declaration.primary)),
+        )
+        changed = True
+    elif declaration.primary and not row[0]:
+        db.execute(
+            "UPDATE sector_location SET is_primary = 1 WHERE miner_id = ? AND sector_num = ?"
+            " AND sector_filetype = ? AND storage_id = ?",
+            where,
+        )
+        changed = True
+    if facts is not None and (row is None or tuple(row[1:]) != facts):
+        db.execute(
+            "INSERT OR REPLACE INTO sector_facts"
+            " (miner_id, sector_num, sector_filetype, storage_id, size, mtime_ns, members)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (*where, *facts),
+        )
+        changed = True
+    if changed:
+        _location_changed(db, where)
+
+
+def _where(key: LocationKey) -> tuple[Any, ...]:
+    sector = key.file.sector
+    return sector.miner, sector.number, int(key.file.file_type), key.storage
+
+
+def _storage_changed(db: Connection, kind: Kind, storage: str) -> None:
+    db.execute("INSERT INTO change (kind, storage_id) VALUES (?, ?)", (int(kind), storage))
+
+
+def _location_changed(db: Connection, where: tuple[Any, ...]) -> None:
+    db.execute(
+        "INSERT INTO change (kind, miner_id, sector_num, sector_filetype, storage_id)"
+        " VALUES (?, ?, ?, ?, ?)",
+        (int(Kind.LOCATION), *where),
+    )

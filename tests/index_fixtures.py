@@ -1,0 +1,88 @@
+"""What the tests of the Index share: short builders, and both kinds of index over one file."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from sectorfs.index.protocol import Declaration, FsStat, LocationKey, SectorIndex, StorageInfo
+from sectorfs.index.rpc import RpcIndex, index_methods
+from sectorfs.index.sqlite import SqliteIndex
+from sectorfs.types import Facts, FileType, MemberFacts, SectorFile, SectorID, StorageID
+from sectorfs.wire.jsonrpc import Dispatcher
+
+ADMIN = frozenset({"admin"})
+CUTOFF = 50.0
+STAT = FsStat(capacity=100, available=60, fs_available=70, reserved=1, max=90, used=30)
+RPC_URL = "http://index:8480/rpc/v0"
+
+
+class Clock:
+    """A wall clock that tests set."""
+
+    def __init__(self) -> None:
+        self.ns = 1_700_000_000_000_000_000
+
+    def __call__(self) -> int:
+        return self.ns
+
+
+def sector(number: int, miner: int = 1000) -> SectorID:
+    """A sector of one miner."""
+    return SectorID(miner, number)
+
+
+def file(number: int, file_type: FileType = FileType.SEALED) -> SectorFile:
+    """A sector file of one miner."""
+    return SectorFile(file_type, sector(number))
+
+
+def info(storage: str, **fields: object) -> StorageInfo:
+    """A storage with one URL of its own."""
+    values = {"urls": (f"http://{storage}:8480/remote",), **fields}
+    return StorageInfo(storage=StorageID(storage), **values)
+
+
+def held(
+    storage: str,
+    of: SectorFile | int,
+    *,
+    primary: bool = True,
+    facts: Facts | None = None,
+) -> Declaration:
+    """A declaration; a number means the sealed file of that sector."""
+    what = file(of) if isinstance(of, int) else of
+    return Declaration(what, StorageID(storage), primary, facts)
+
+
+def key(storage: str, of: SectorFile | int) -> LocationKey:
+    """The key of such a declaration."""
+    return held(storage, of).key
+
+
+def directory(*names: str, mtime_ns: int = 5) -> Facts:
+    """Facts of a directory of one-byte files."""
+    members = tuple(MemberFacts(name, 1, mtime_ns) for name in sorted(names))
+    return Facts(len(members), mtime_ns, members)
+
+
+def rpc_over(index: SectorIndex, permissions: frozenset[str] = ADMIN) -> RpcIndex:
+    """The RPC client of an index, with the server's dispatcher where the network would be."""
+    dispatch = Dispatcher(index_methods(index))
+
+    async def post(body: bytes, patience: float) -> tuple[int, bytes]:
+        return await dispatch(body, permissions)
+
+    return RpcIndex(RPC_URL, post)
+
+
+@asynccontextmanager
+async def open_index(
+    path: Path, *, clock: Clock | None = None, keep_changes: int = 1000, over_rpc: bool = False
+) -> AsyncIterator[SectorIndex]:
+    """An index in `path`, spoken to directly or over JSON-RPC."""
+    async with SqliteIndex.open(
+        path, cutoff=CUTOFF, clock_ns=clock or Clock(), keep_changes=keep_changes
+    ) as index:
+        yield rpc_over(index) if over_rpc else index
