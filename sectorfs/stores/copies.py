@@ -1,0 +1,249 @@
+"""The files of the node's cache path: copies being fetched and copies that are whole.
+
+Layout, beside the ordinary one of a storage path::
+
+    <type>/fetching/s-t01000-7              a file being received
+    <type>/fetching/s-t01000-7/NAME.tmp     one file of a sector directory being received
+    <type>/fetching/s-t01000-7/NAME         received and synced, the directory not yet complete
+
+Order of a commit, so that a crash at any point leaves either no copy or a whole one: bytes, times,
+fsync, rename, fsync of the directory; only then may the copy be declared. A directory is renamed
+into place when all its files are there. What is left below ``fetching`` at start is removed:
+nothing refers to it. Only the cache path is ever written here, never an operator's path.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from sectorfs.errors import DiskFull, NotFound, SectorFSError, SourceFailed
+from sectorfs.index import content
+from sectorfs.stores.lanes import Descriptor, Lane
+from sectorfs.stores.protocol import OpenFile
+from sectorfs.types import ALL_TYPES, Facts, SectorFile, StorageID, file_types
+
+log = logging.getLogger(__name__)
+
+ROOM_LEFT = 64 << 20
+"""Bytes that a fetch leaves free, so that the file system never fills entirely."""
+
+
+class Partial:
+    """One regular file being received; `descriptor` is open for writing at its temporary name."""
+
+    def __init__(self, file: SectorFile, member: str | None, path: Path, fd: int) -> None:
+        self.file = file
+        self.member = member
+        self.path = path
+        self.descriptor = Descriptor(fd)
+
+
+class Copies:
+    """The cache path of this node."""
+
+    def __init__(self, root: Path, storage: StorageID, lane: Lane) -> None:
+        self.root = root
+        self.storage = storage
+        self.lane = lane
+
+    async def clear_leftovers(self) -> int:
+        """Remove unfinished fetches of an earlier run; returns how many there were."""
+        removed = await self.lane.finish(self._clear_leftovers, what="clear unfinished fetches")
+        if removed:
+            log.info("%s: removed %d unfinished fetches", self.root, removed)
+        return removed
+
+    async def open(
+        self, file: SectorFile, member: str | None, *, size: int, mtime_ns: int
+    ) -> OpenFile | None:
+        """Open a whole copy with this size and time, or None."""
+
+        def call() -> OpenFile | None:
+            for path in self._finished_paths(file, member):
+                found = self._open_matching(path, size, mtime_ns)
+                if found is not None:
+                    return found
+            return None
+
+        return await self.lane.run(
+            call, what=f"open copy of {file}", discard=_close
+        )
+
+    async def begin(self, file: SectorFile, member: str | None, size: int) -> Partial:
+        """Make the temporary file; `DiskFull` when `size` bytes do not fit."""
+        return await self.lane.run(
+            lambda: self._begin(file, member, size),
+            what=f"begin copy of {file}",
+            discard=lambda partial: partial.descriptor.close(),
+        )
+
+    async def commit(self, partial: Partial, *, size: int, mtime_ns: int) -> None:
+        """Sync a received file and give it its name; closes it."""
+
+        def call() -> None:
+            with partial.descriptor as fd:
+                held = os.fstat(fd).st_size
+                if held != size:
+                    raise SourceFailed(f"received {held} of {size} bytes", partial.file)
+                os.utime(fd, ns=(mtime_ns, mtime_ns))
+                os.fsync(fd)
+            if partial.member is None:
+                target = self._final(partial.file)
+                os.rename(partial.path, target)
+                _sync(target.parent)
+            else:
+                os.rename(partial.path, partial.path.with_name(partial.member))
+            _sync(partial.path.parent)
+
+        try:
+            await self.lane.finish(call, what=f"commit copy of {partial.file}")
+        finally:
+            partial.descriptor.close()
+
+    async def discard(self, partial: Partial) -> None:
+        """Give up a partly received file."""
+        partial.descriptor.close()
+
+        def call() -> None:
+            with suppress(FileNotFoundError):
+                partial.path.unlink()
+
+        with suppress(SectorFSError):  # a leftover is cleared at the next start
+            await self.lane.finish(call, what=f"discard copy of {partial.file}")
+
+    async def is_received(self, file: SectorFile, facts: Facts) -> bool:
+        """True when every file of a sector directory is received and none is in its place yet."""
+
+        def call() -> bool:
+            folder = self._fetching(file)
+            try:
+                held = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+            except FileNotFoundError:
+                return False
+            return all(held.get(member.name) == member.size for member in facts.members or ())
+
+        return await self.lane.run(call, what=f"look at files of {file}")
+
+    async def complete(self, file: SectorFile, facts: Facts) -> None:
+        """Put a received sector directory into place, instead of an older content if any."""
+
+        def call() -> None:
+            folder, target = self._fetching(file), self._final(file)
+            wanted = {member.name for member in facts.members or ()}
+            for name in os.listdir(folder):
+                if name not in wanted:
+                    (folder / name).unlink()
+            os.utime(folder, ns=(facts.mtime_ns, facts.mtime_ns))
+            _sync(folder)
+            if target.exists():
+                # An older content of this copy; its declaration was dropped by the caller.
+                aside = folder.with_name(f"{folder.name}.old.tmp")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(target, aside)
+                os.rename(folder, target)
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                os.rename(folder, target)
+            os.utime(target, ns=(facts.mtime_ns, facts.mtime_ns))
+            _sync(target.parent)
+            _sync(folder.parent)
+
+        await self.lane.finish(call, what=f"complete copy of {file}")
+
+    async def exists(self, file: SectorFile) -> bool:
+        """True when something lies at the copy's final name."""
+        return await self.lane.run(self._final(file).exists, what=f"look for copy of {file}")
+
+    def path_of(self, file: SectorFile, member: str | None = None) -> Path:
+        """Where a whole copy lies."""
+        return self._final(file) / member if member else self._final(file)
+
+    # --- blocking parts ---
+
+    def _final(self, file: SectorFile) -> Path:
+        return self.root / file.file_type.dir_name / file.sector.name
+
+    def _fetching(self, file: SectorFile) -> Path:
+        return self.root / file.file_type.dir_name / "fetching" / file.sector.name
+
+    def _finished_paths(self, file: SectorFile, member: str | None) -> list[Path]:
+        if member is None:
+            return [self._final(file)]
+        return [self._final(file) / member, self._fetching(file) / member]
+
+    def _open_matching(self, path: Path, size: int, mtime_ns: int) -> OpenFile | None:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        status = os.fstat(fd)
+        if (
+            not stat.S_ISREG(status.st_mode)
+            or status.st_size != size
+            or not content.same_mtime(status.st_mtime_ns, mtime_ns)
+        ):
+            os.close(fd)
+            return None
+        return OpenFile(
+            descriptor=Descriptor(fd),
+            size=size,
+            mtime_ns=mtime_ns,
+            inode=status.st_ino,
+            storage=self.storage,
+            path=str(path),
+            lane=self.lane,
+        )
+
+    def _begin(self, file: SectorFile, member: str | None, size: int) -> Partial:
+        if not (self.root / "sectorstore.json").exists():
+            raise NotFound("the cache path is gone", self.root, "restart the node to make it again")
+        room = os.statvfs(self.root)
+        free = room.f_bavail * room.f_frsize
+        if size + ROOM_LEFT > free:
+            raise DiskFull(
+                f"{size} bytes to fetch, {free} free", self.root, "make room in the cache path"
+            )
+        folder = self._fetching(file)
+        if member is None:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            path = folder
+            if path.is_dir():
+                shutil.rmtree(path)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{member}.tmp"
+        with suppress(FileNotFoundError):
+            path.unlink()
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        return Partial(file, member, path, os.open(path, flags, 0o644))
+
+    def _clear_leftovers(self) -> int:
+        removed = 0
+        for file_type in file_types(ALL_TYPES):
+            folder = self.root / file_type.dir_name / "fetching"
+            with suppress(FileNotFoundError):
+                for entry in os.scandir(folder):
+                    if entry.is_dir(follow_symlinks=False):
+                        shutil.rmtree(entry.path)
+                    else:
+                        os.unlink(entry.path)
+                    removed += 1
+        return removed
+
+
+def _close(found: OpenFile | None) -> None:
+    if found is not None:
+        found.close()
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,352 @@
+"""Every sector file of the cluster: opened in place when it is here, fetched whole when it is not.
+
+`open` reads the catalog (never the Index), ranks the sources and takes the first that works. What
+only peers hold is fetched into the cache path: one *flight* per file, whoever asks for it; the
+flight lives in the node's nursery, ends early when nobody waits for it any more, and tries source
+after source on any failure. A sector directory is fetched file by file as its files are opened, so
+that a 64-byte ``p_aux`` never waits for the layers beside it; it becomes a declared copy when all
+files are here.
+
+Bounds: `parallel` fetches at a time from one peer and four times that on the node, so that peers
+which hang leave room for the others; files up to `SMALL` have places of their own and never queue
+behind bulk.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import msgspec
+import trio
+
+from sectorfs import metrics
+from sectorfs.errors import (
+    DiskError,
+    NoSource,
+    NotFound,
+    SectorFSError,
+    SourceFailed,
+    StorageUnavailable,
+)
+from sectorfs.index.catalog import Catalog, Entry
+from sectorfs.index.protocol import Declaration, SectorIndex
+from sectorfs.stores import sources
+from sectorfs.stores.copies import Copies
+from sectorfs.stores.local import LocalStore
+from sectorfs.stores.protocol import OpenFile, State
+from sectorfs.stores.transfer import PeerClient
+from sectorfs.types import Facts, MemberFacts, SectorFile, StorageID
+
+log = logging.getLogger(__name__)
+
+SMALL = 4 << 20
+"""Bytes up to which a fetch counts as small."""
+NODE_FACTOR = 4
+"""The node's bound on fetches is this many times the bound per peer."""
+ROUNDS = 3
+"""How often an open fetches again when the copy is gone, or another content declared, meanwhile."""
+FAILING_SECONDS = 15.0
+"""For so long a peer that failed is tried last."""
+
+
+class Fetch(msgspec.Struct):
+    """A flight as `status` shows it."""
+
+    file: SectorFile
+    member: str | None
+    size: int
+    done: int = 0
+    source: str = ""
+
+
+class _Flight:
+    """One fetch, and those who wait for it."""
+
+    def __init__(self, file: SectorFile, member: str | None) -> None:
+        self.fetch = Fetch(file, member, 0)
+        self.waiters = 0
+        self.scope = trio.CancelScope()
+        self.finished = trio.Event()
+        self.causes: list[SectorFSError] | None = None
+        """None unless every source failed."""
+
+
+class RemoteStore:
+    """Implements `stores.protocol.SectorStore` over local paths, the cache path and peers."""
+
+    def __init__(
+        self,
+        *,
+        nursery: trio.Nursery,
+        catalog: Catalog,
+        index: SectorIndex,
+        local: LocalStore,
+        peers: PeerClient,
+        copies: Copies,
+        parallel: int,
+        cutoff: float,
+        own_urls: frozenset[str],
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._nursery = nursery
+        self._catalog = catalog
+        self._index = index
+        self._local = local
+        self._peers = peers
+        self._copies = copies
+        self._parallel = parallel
+        self._cutoff = cutoff
+        self._own_urls = own_urls
+        self._now = now
+        self._flights: dict[tuple[SectorFile, str | None], _Flight] = {}
+        self._places: dict[tuple[str, bool], trio.CapacityLimiter] = {}
+        self._failed_at: dict[str, float] = {}
+        self._completing: dict[SectorFile, trio.Lock] = {}
+
+    # --- what the mount asks ---
+
+    async def open(self, file: SectorFile, member: str | None = None) -> OpenFile:
+        """Open the best copy that works; see `SectorStore.open`."""
+        entry = self._catalog.entry(file)
+        if entry is None:
+            raise NotFound("no storage declares it", file, "see `sectorfs storage find`")
+        if member is not None and entry.facts and entry.facts.member(member) is None:
+            raise NotFound(f"has no file {member!r}", file)
+        causes: list[SectorFSError] = []
+        here, elsewhere = self._rank(entry)
+        for source in here:
+            try:
+                return await self._local.open_at(source.storage, file, member)
+            except SectorFSError as exc:
+                log.warning("%s: copy on storage %s cannot be read: %s", file, source.storage, exc)
+                causes.append(exc)
+        if elsewhere:
+            return await self._open_fetched(file, member, entry.facts, causes)
+        raise self._no_source(file, member, causes)
+
+    def state(self, file: SectorFile) -> State:
+        """Where a sector file is, seen from this node."""
+        entry = self._catalog.entry(file)
+        if entry is None:
+            return "unavailable"
+        here, elsewhere = self._rank(entry)
+        for source in here:
+            if source.storage != self._copies.storage:
+                return "shared" if source.shared else "local"
+        if here:
+            return "cached"
+        if any(key[0] == file for key in self._flights):
+            return "partial"
+        healthy = any(self._healthy(source.storage) for source in elsewhere)
+        return "remote" if healthy else "unavailable"
+
+    def fetches(self) -> list[Fetch]:
+        """Flights under way."""
+        return [flight.fetch for flight in self._flights.values()]
+
+    # --- ranking ---
+
+    def _rank(self, entry: Entry) -> tuple[list[sources.LocalSource], list[sources.PeerSource]]:
+        now = self._now()
+        view = sources.View(
+            here=frozenset(path.storage for path in self._local.paths() if path.available),
+            own_urls=self._own_urls,
+            storage=self._catalog.storage,
+            healthy=self._healthy,
+            latency=self._peers.latency,
+            failing=lambda url: now - self._failed_at.get(url, -FAILING_SECONDS) < FAILING_SECONDS,
+        )
+        return sources.rank(entry.declarations, view)
+
+    def _healthy(self, storage: StorageID) -> bool:
+        return self._catalog.healthy(storage, self._now(), self._cutoff)
+
+    # --- flights ---
+
+    async def _open_fetched(
+        self,
+        file: SectorFile,
+        member: str | None,
+        facts: Facts | None,
+        causes: list[SectorFSError],
+    ) -> OpenFile:
+        wanted = _wanted(facts, member)
+        for _ in range(ROUNDS):
+            try:
+                if wanted is not None:
+                    copy = await self._copies.open(
+                        file, member, size=wanted.size, mtime_ns=wanted.mtime_ns
+                    )
+                    if copy is not None:
+                        return copy
+                failed = await self._fly(file, member)
+            except (DiskError, StorageUnavailable) as exc:
+                raise self._no_source(file, member, [*causes, exc]) from exc
+            if failed is not None:
+                raise self._no_source(file, member, [*causes, *failed])
+            entry = self._catalog.entry(file)
+            if entry is None:
+                raise NotFound("no storage declares it any more", file)
+            fresh = _wanted(entry.facts, member)
+            if wanted is None and fresh is None:
+                # The declaring nodes never said size and time; the copy that came is what there is.
+                return await self._local.open_at(self._copies.storage, file, member)
+            wanted = fresh
+        causes.append(SourceFailed("its copy vanished as often as it was fetched", file))
+        raise self._no_source(file, member, causes)
+
+    async def _fly(self, file: SectorFile, member: str | None) -> list[SectorFSError] | None:
+        """Wait for the one flight of a file; the causes when it failed."""
+        key = (file, member)
+        while True:
+            flight = self._flights.get(key)
+            if flight is None:
+                flight = self._flights[key] = _Flight(file, member)
+                self._nursery.start_soon(self._run, flight)
+            elif flight.scope.cancel_called:
+                await flight.finished.wait()  # its last waiter left; let it clean up first
+                continue
+            flight.waiters += 1
+            try:
+                await flight.finished.wait()
+            finally:
+                flight.waiters -= 1
+                if flight.waiters == 0:
+                    flight.scope.cancel()
+            return flight.causes
+
+    async def _run(self, flight: _Flight) -> None:
+        """The flight's task: a boundary, so nothing but cancellation of the node leaves it."""
+        key = (flight.fetch.file, flight.fetch.member)
+        try:
+            with flight.scope:
+                flight.causes = await self._try_sources(flight)
+        except Exception as exc:
+            log.exception("%s: fetch failed unexpectedly", flight.fetch.file)
+            flight.causes = [SourceFailed(f"unexpected {type(exc).__name__}", flight.fetch.file)]
+        finally:
+            del self._flights[key]
+            flight.finished.set()
+        metrics.FETCHES.labels("failed" if flight.causes else "done").inc()
+
+    async def _try_sources(self, flight: _Flight) -> list[SectorFSError] | None:
+        file = flight.fetch.file
+        causes: list[SectorFSError] = []
+        entry = self._catalog.entry(file)
+        if entry is None:
+            return [NotFound("no storage declares it any more", file)]
+        for source in self._rank(entry)[1]:
+            flight.fetch.source, flight.fetch.done = source.url, 0
+            try:
+                await self._fetch_from(source, flight, entry.facts)
+                return None
+            except (DiskError, StorageUnavailable) as exc:
+                causes.append(exc)  # our own disk: another source would not help
+                break
+            except SectorFSError as exc:
+                log.warning("%s: source %s failed: %s", file, source.url, exc)
+                causes.append(exc)
+                if not isinstance(exc, NotFound):
+                    self._failed_at[source.url] = self._now()
+        return causes or [SourceFailed("no peer serves it", file)]
+
+    async def _fetch_from(
+        self, source: sources.PeerSource, flight: _Flight, facts: Facts | None
+    ) -> None:
+        file, member = flight.fetch.file, flight.fetch.member
+        if facts is None:
+            facts = await self._peers.facts(source.url, file)
+        wanted = _wanted(facts, member)
+        if wanted is None:
+            raise NotFound(f"has no file {member!r}", file)
+        flight.fetch.size = wanted.size
+        small = wanted.size <= SMALL
+        async with self._place(source.url, small), self._place("", small):
+            await self._receive(source, flight, wanted)
+        self._failed_at.pop(source.url, None)
+        if member is None:
+            await self._declare(file, facts)
+        else:
+            await self._complete(file, facts)
+
+    async def _receive(
+        self, source: sources.PeerSource, flight: _Flight, wanted: MemberFacts
+    ) -> None:
+        file, member = flight.fetch.file, flight.fetch.member
+
+        def progress(done: int) -> None:
+            flight.fetch.done = done
+
+        partial = await self._copies.begin(file, member, wanted.size)
+        try:
+            await self._peers.fetch(
+                source.url,
+                file,
+                member,
+                partial.descriptor,
+                size=wanted.size,
+                run=self._copies.lane.finish,
+                progress=progress,
+            )
+            await self._copies.commit(partial, size=wanted.size, mtime_ns=wanted.mtime_ns)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._copies.discard(partial)
+            raise
+
+    def _place(self, url: str, small: bool) -> trio.CapacityLimiter:
+        """The bound on fetches of a peer, or of the node (no URL)."""
+        key = (url, small)
+        limiter = self._places.get(key)
+        if limiter is None:
+            bound = self._parallel if url else self._parallel * NODE_FACTOR
+            limiter = self._places[key] = trio.CapacityLimiter(bound)
+        return limiter
+
+    async def _complete(self, file: SectorFile, facts: Facts) -> None:
+        """Turn a directory whose last file has come into a declared copy."""
+        lock = self._completing.setdefault(file, trio.Lock())
+        try:
+            async with lock:
+                if await self._copies.is_received(file, facts):
+                    if await self._copies.exists(file):
+                        await self._drop(file)
+                    await self._copies.complete(file, facts)
+                    await self._declare(file, facts)
+        except SectorFSError as exc:
+            # The file asked for is here all the same; the directory is completed another time.
+            log.warning("%s: copy not complete yet: %s", file, exc)
+        finally:
+            if not lock.statistics().tasks_waiting and not lock.locked():
+                self._completing.pop(file, None)
+
+    async def _drop(self, file: SectorFile) -> None:
+        """The copy is about to be replaced: nobody may be sent to it meanwhile."""
+        declaration = Declaration(file, self._copies.storage, False)
+        await self._index.drop([declaration.key])
+
+    async def _declare(self, file: SectorFile, facts: Facts) -> None:
+        """Tell the Index of a whole copy; while it is away, the path's next scan does."""
+        try:
+            await self._index.declare([Declaration(file, self._copies.storage, False, facts)])
+        except SectorFSError as exc:
+            log.warning("%s: copy not declared yet: %s", file, exc)
+
+    def _no_source(
+        self, file: SectorFile, member: str | None, causes: list[SectorFSError]
+    ) -> NoSource:
+        thing = f"{file}/{member}" if member else str(file)
+        error = NoSource("no source can give it", thing, causes)
+        log.error("%s", error)
+        return error
+
+
+def _wanted(facts: Facts | None, member: str | None) -> MemberFacts | None:
+    """Size and time of the regular file that is to be opened; None when nobody said."""
+    if facts is None:
+        return None
+    if member is not None:
+        return facts.member(member)
+    return MemberFacts("", facts.size, facts.mtime_ns)
