@@ -1,0 +1,5 @@
+"""``python -m sectorfs``."""
+
+from sectorfs.cli.main import main
+
+main()

@@ -1,0 +1,68 @@
+"""Options that every verb shares, and the way to the node or repo it acts on."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import msgspec
+import trio
+
+from sectorfs.node import access
+from sectorfs.node.admin import Admin
+from sectorfs.node.repo import Repo
+
+T = TypeVar("T")
+
+DEFAULT_REPO = "~/.sectorfs"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the shared options said."""
+
+    repo: Repo
+    as_json: bool
+
+
+def common(function: Callable[..., T]) -> Callable[..., T]:
+    """Add ``--repo`` and ``--json``; what stands after the verb beats what stands before."""
+
+    def wrapper(context: click.Context, /, repo: Path | None, as_json: bool, **values: Any) -> T:
+        outer = context.obj if isinstance(context.obj, Settings) else None
+        if repo is not None:
+            chosen = Repo(repo)
+        elif outer is not None:
+            chosen = outer.repo
+        else:
+            chosen = Repo(Path(os.environ.get("SECTORFS_PATH") or DEFAULT_REPO))
+        settings = Settings(repo=chosen, as_json=as_json or (outer is not None and outer.as_json))
+        context.obj = settings
+        return function(settings, **values)
+
+    verb: Callable[..., T] = functools.update_wrapper(click.pass_context(wrapper), function)
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+        click.option(
+            "--repo",
+            type=click.Path(file_okay=False, path_type=Path),
+            help=f"The node's directory.  [default: $SECTORFS_PATH or {DEFAULT_REPO}]",
+        ),
+    ):
+        verb = option(verb)
+    return verb
+
+
+def with_admin(settings: Settings, work: Callable[[Admin], Awaitable[T]]) -> T:
+    """Do `work` on the running node, or on the repo directory when none runs."""
+
+    async def run() -> T:
+        async with access.open_admin(settings.repo) as admin:
+            return await work(admin)
+
+    logging.basicConfig(level=logging.WARNING, format="sectorfs: %(message)s")
+    return trio.run(run)

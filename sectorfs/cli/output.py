@@ -1,0 +1,155 @@
+"""How results and errors are printed: tables for people, JSON for scripts, a line for an error."""
+
+from __future__ import annotations
+
+import re
+import sys
+from decimal import Decimal
+from typing import Any
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from sectorfs.errors import SectorFSError
+from sectorfs.node import reports
+from sectorfs.types import MAX_NUMBER
+
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def print_error(error: SectorFSError, *, as_json: bool) -> None:
+    """One line (or one object) on stderr: what failed, on which thing, what to do."""
+    if as_json:
+        value = {"error": error.what, "thing": error.thing, "hint": error.hint}
+        click.echo(msgspec.json.encode(value).decode(), err=True)
+    else:
+        click.echo(f"sectorfs: {' '.join(str(error).split())}", err=True)
+
+
+def print_usage_error(error: click.ClickException) -> None:
+    """A wrong command line as the same JSON object."""
+    context = getattr(error, "ctx", None)
+    thing = context.command_path if context else "sectorfs"
+    value = {"error": error.format_message(), "thing": thing, "hint": f"see `{thing} --help`"}
+    click.echo(msgspec.json.encode(value).decode(), err=True)
+
+
+def console() -> Console:
+    """Standard output; colours on a terminal only."""
+    return Console(soft_wrap=not sys.stdout.isatty())
+
+
+def size(count: int) -> str:
+    """Bytes for people: ``1.5 TiB``."""
+    value, unit = float(count), 0
+    while value >= 1024 and unit < len(UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{value:.0f} B" if unit == 0 else f"{value:.1f} {UNITS[unit]}"
+
+
+def parse_size(text: str) -> int:
+    """``10TiB``, ``10TB``, ``1.5T`` or plain bytes; `ValueError` otherwise."""
+    match = re.fullmatch(r"\s*([0-9]{1,19}(?:\.[0-9]{1,6})?)\s*([a-zA-Z]{0,3})\s*", text)
+    number, unit = (match[1], match[2].lower()) if match else ("", "")
+    powers: dict[str, tuple[int, int]] = {"": (1, 0), "b": (1, 0)}
+    for power, letter in enumerate("kmgtpe", start=1):
+        powers[f"{letter}ib"] = powers[letter] = (1024, power)
+        powers[f"{letter}b"] = (1000, power)
+    if not number or unit not in powers:
+        raise ValueError(f"not a size: {text!r}, write for example 10TiB")
+    base, power = powers[unit]
+    result = int(Decimal(number) * base**power)
+    if result > MAX_NUMBER:
+        raise ValueError(f"size out of range: {text!r}")
+    return result
+
+
+def storage_table(storages: list[reports.StorageReport]) -> Table:
+    """`storage list` for people."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("storage", "path or url", "use", "free", "files", "kind", "health"):
+        table.add_column(heading, overflow="fold")
+    for storage in storages:
+        kind = [
+            word
+            for word, flag in (("seal", storage.can_seal), ("store", storage.can_store))
+            if flag
+        ]
+        counts = " ".join(f"{name}:{count}" for name, count in storage.files.items())
+        table.add_row(
+            storage.storage,
+            storage.path or " ".join(storage.urls) or "-",
+            _use(storage),
+            f"{size(storage.available)} of {size(storage.capacity)}",
+            counts or "-",
+            "+".join(kind) or "copies",
+            "[green]ok[/]" if storage.healthy else f"[red]{_escape(storage.error or 'unknown')}[/]",
+        )
+    return table
+
+
+def _use(storage: reports.StorageReport) -> str:
+    if not storage.capacity:
+        return "-"
+    percent = 100 * (storage.capacity - storage.fs_available) // storage.capacity
+    return f"{percent} %"
+
+
+def sector_table(sector: reports.SectorReport) -> Table:
+    """`storage find` for people."""
+    table = Table(box=None, pad_edge=False, header_style="bold", title=sector.sector)
+    for heading in ("type", "size", "state", "storage", "copy", "where", "health"):
+        table.add_column(heading, overflow="fold")
+    for file in sector.files:
+        for location in file.locations:
+            table.add_row(
+                file.file_type,
+                "?" if file.size is None else size(file.size),
+                file.state,
+                location.storage,
+                "primary" if location.primary else "copy",
+                location.path or " ".join(location.urls) or "-",
+                "[green]ok[/]" if location.healthy else "[red]unhealthy[/]",
+            )
+    return table
+
+
+def print_status(out: Console, status: reports.StatusReport) -> None:
+    """`status` for people."""
+    mount = f"{status.mount.path} ({status.mount.mode})" if status.mount else "none"
+    index = "connected" if status.index.connected else f"away for {status.index.age:.0f} s"
+    rows = (
+        ("node", f"{status.version}, process {status.pid}, repo {status.repo}"),
+        ("api", status.api),
+        ("mount", mount),
+        ("index", f"{status.index.url}: {index}, change {status.index.seq}"),
+        ("open files", str(status.files.open)),
+    )
+    for name, text in rows:
+        out.print(f"[bold]{name:<11}[/]{_escape(text)}", highlight=False)
+    out.print(storage_table(status.storages))
+    for fetch in status.fetches:
+        name = f"{fetch.file_type}/{fetch.sector}" + (f"/{fetch.member}" if fetch.member else "")
+        share = fetch.done / fetch.size if fetch.size else 0.0
+        out.print(f"fetching {name} from {_escape(fetch.source)} {bar(share)} {size(fetch.done)}")
+    for scan in status.scans:
+        out.print(f"scanning {_escape(scan.path)}: {scan.done} entries")
+    for problem in status.problems:
+        out.print(f"[red]{_escape(problem)}[/]", highlight=False)
+
+
+def bar(share: float, width: int = 20) -> str:
+    """A progress bar of characters with its percentage."""
+    filled = round(width * min(max(share, 0.0), 1.0))
+    return f"{'#' * filled}{'.' * (width - filled)} {share:.0%}"
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,170 @@
+"""`sectorfs storage …`: the storage paths of this node, and what the cluster knows of all."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from sectorfs.cli import output
+from sectorfs.cli.context import Settings, common, with_admin
+from sectorfs.cli.progress import shown
+from sectorfs.errors import BadInput
+from sectorfs.node.admin import PathSettings
+from sectorfs.types import parse_sector
+
+
+class Size(click.ParamType[int]):
+    """``10TiB`` in bytes."""
+
+    name = "size"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return output.parse_size(str(value))
+        except ValueError as exc:
+            self.fail(str(exc), param, ctx)
+
+
+class Names(click.ParamType[tuple[str, ...]]):
+    """``A,B`` as a tuple."""
+
+    name = "a,b"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(part.strip() for part in str(value).split(",") if part.strip())
+
+
+@click.group()
+@common
+def storage(settings: Settings) -> None:
+    """Storage paths: attach, detach, scan, list, find."""
+
+
+@storage.command()
+@click.argument("path", type=click.Path())
+@click.option("--init", is_flag=True, help="Make PATH a storage path first (sectorstore.json).")
+@click.option("--seal", "can_seal", is_flag=True, default=None, help="Sealing may use it.")
+@click.option(
+    "--store", "can_store", is_flag=True, default=None, help="Finished sectors stay on it."
+)
+@click.option("--weight", type=click.IntRange(0, 2**63 - 1), help="Preference.  [default: 10]")
+@click.option("--max-storage", type=Size(), help="Bytes that may be used, for example 10TiB.")
+@click.option("--groups", type=Names(), help="Groups this path belongs to.")
+@click.option("--allow-to", type=Names(), help="Groups that may fetch from it.")
+@click.option("--allow-types", type=Names(), help="Only these file types may be placed here.")
+@click.option("--deny-types", type=Names(), help="These file types are never placed here.")
+@click.option(
+    "--allow-miners", type=Names(), help="Only these miners' sectors, for example t01000."
+)
+@click.option("--deny-miners", type=Names(), help="Never these miners' sectors.")
+@common
+def attach(settings: Settings, path: str, init: bool, **options: object) -> None:
+    """Attach a directory of sector files to this node.
+
+    Without --init nothing is written below PATH: it must have a sectorstore.json, as the paths of
+    lotus and Curio have.
+
+    Example: sectorfs storage attach /mnt/disk1 --init --store
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if given and not init:
+        raise BadInput(
+            "path settings need --init", path, "without it they are read from sectorstore.json"
+        )
+    if init and not (given.get("can_seal") or given.get("can_store")):
+        raise BadInput("--init needs --seal, --store or both", path, "say what the path is for")
+    chosen = PathSettings(**given) if init else None  # type: ignore[arg-type]  # click's own types
+    target = os.path.abspath(os.path.expanduser(path))
+    found = with_admin(settings, lambda admin: shown(admin, admin.attach(target, chosen)))
+    if settings.as_json:
+        output.print_json({"storage": found, "path": target})
+    else:
+        click.echo(f"attached {target} as storage {found}")
+
+
+@storage.command()
+@click.argument("target", metavar="PATH|UUID")
+@common
+def detach(settings: Settings, target: str) -> None:
+    """Detach a path of this node; its files stay where they are.
+
+    Example: sectorfs storage detach /mnt/disk1
+    """
+    target = _target(target)
+    with_admin(settings, lambda admin: admin.detach(target))
+    if settings.as_json:
+        output.print_json({"detached": target})
+    else:
+        click.echo(f"detached {target}")
+
+
+@storage.command()
+@click.argument("target", metavar="[PATH|UUID]", required=False)
+@click.option("--all", "everything", is_flag=True, help="Every path of this node.")
+@click.option("--drop-missing", is_flag=True, help="Drop declarations whose files are gone.")
+@common
+def redeclare(settings: Settings, target: str | None, everything: bool, drop_missing: bool) -> None:
+    """Scan a path again, or all of them, and tell the Index what changed.
+
+    Example: sectorfs storage redeclare --all --drop-missing
+    """
+    if everything == (target is not None):
+        raise BadInput("name one path, or --all", "storage redeclare")
+    chosen = _target(target) if target is not None else None
+    result = with_admin(
+        settings,
+        lambda admin: shown(admin, admin.redeclare(chosen, drop_missing=drop_missing)),
+    )
+    if settings.as_json:
+        output.print_json(result)
+    else:
+        click.echo(f"declared {result.declared}, dropped {result.dropped}, odd {result.odd}")
+
+
+@storage.command("list")
+@common
+def list_(settings: Settings) -> None:
+    """Every storage of the cluster: use, files, health.
+
+    Example: sectorfs storage list
+    """
+    found = with_admin(settings, lambda admin: admin.storages())
+    if settings.as_json:
+        output.print_json(found)
+    else:
+        output.console().print(output.storage_table(found))
+
+
+@storage.command()
+@click.argument("sector")
+@common
+def find(settings: Settings, sector: str) -> None:
+    """Where the files of a sector are.
+
+    Example: sectorfs storage find s-t01000-7
+    """
+    try:
+        wanted = parse_sector(sector)
+    except ValueError as exc:
+        raise BadInput(str(exc), sector, "write for example s-t01000-7") from exc
+    found = with_admin(settings, lambda admin: admin.find(wanted))
+    if settings.as_json:
+        output.print_json(found)
+    else:
+        output.console().print(output.sector_table(found))
+
+
+def _target(text: str) -> str:
+    """A path becomes absolute; anything without a slash that does not exist is a storage's id."""
+    if "/" in text or os.path.exists(text):
+        return os.path.abspath(os.path.expanduser(text))
+    return text

@@ -1,0 +1,226 @@
+"""What operators are shown, as JSON and in tables: storages, a sector's files, the node.
+
+Field names and units are the public ones (sizes in bytes, times RFC 3339 in UTC); the builders are
+pure functions over values of the Index, so that a running node and a repo without one answer alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+
+import msgspec
+
+from sectorfs.index import content
+from sectorfs.index.protocol import Declaration, StorageStatus
+from sectorfs.types import FileType, SectorFile, SectorID, StorageID
+
+
+class StorageReport(msgspec.Struct, kw_only=True):
+    """One storage, as `storage list` shows it."""
+
+    storage: str
+    path: str | None
+    """Directory on this node; None when it is attached elsewhere only."""
+    urls: list[str]
+    weight: int
+    can_seal: bool
+    can_store: bool
+    max_storage: int
+    groups: list[str]
+    allow_to: list[str]
+    allow_types: list[str]
+    deny_types: list[str]
+    allow_miners: list[str]
+    deny_miners: list[str]
+    capacity: int
+    available: int
+    fs_available: int
+    reserved: int
+    used: int
+    healthy: bool
+    error: str | None
+    last_heartbeat: str
+    files: dict[str, int]
+    """Declared sector files by type."""
+
+
+class LocationReport(msgspec.Struct, kw_only=True):
+    """One copy of a sector file."""
+
+    storage: str
+    primary: bool
+    urls: list[str]
+    path: str | None
+    healthy: bool
+
+
+class FileReport(msgspec.Struct, kw_only=True):
+    """One sector file and where it is."""
+
+    file_type: str
+    size: int | None
+    mtime_ns: int | None
+    state: str
+    locations: list[LocationReport]
+
+
+class SectorReport(msgspec.Struct, kw_only=True):
+    """A sector, as `storage find` shows it."""
+
+    sector: str
+    files: list[FileReport]
+
+
+class MountReport(msgspec.Struct, kw_only=True):
+    """The mount of a node."""
+
+    path: str
+    mode: str
+    passthrough: str
+
+
+class IndexReport(msgspec.Struct, kw_only=True):
+    """How current this node's view of the Index is."""
+
+    url: str
+    connected: bool
+    seq: int
+    age: float
+    """Seconds since the Index last answered."""
+
+
+class FilesReport(msgspec.Struct, kw_only=True):
+    """Open files of the mount by the way they are read."""
+
+    open: int
+    passthrough: int
+    daemon: int
+    stream: int
+
+
+class FetchReport(msgspec.Struct, kw_only=True):
+    """A fetch under way."""
+
+    sector: str
+    file_type: str
+    member: str | None
+    done: int
+    size: int
+    source: str
+
+
+class ScanReport(msgspec.Struct, kw_only=True):
+    """A scan of a storage path under way."""
+
+    path: str
+    done: int
+    """Entries looked at."""
+
+
+class StatusReport(msgspec.Struct, kw_only=True):
+    """A node, as `status` shows it."""
+
+    running: bool
+    version: str
+    pid: int
+    repo: str
+    api: str
+    mount: MountReport | None
+    index: IndexReport
+    storages: list[StorageReport]
+    files: FilesReport
+    fetches: list[FetchReport]
+    scans: list[ScanReport]
+    problems: list[str]
+    """What an operator should look at, one line each."""
+
+
+def storage_report(
+    status: StorageStatus,
+    *,
+    path: str | None,
+    cutoff: float,
+    files: Mapping[FileType, int],
+) -> StorageReport:
+    """What is known of one storage."""
+    info, stat = status.info, status.stat
+    error = status.error or None
+    if error is None and not status.healthy(cutoff):
+        error = f"no heartbeat for {status.heartbeat_age:.0f} s"
+    return StorageReport(
+        storage=info.storage,
+        path=path,
+        urls=list(info.urls),
+        weight=info.weight,
+        can_seal=info.can_seal,
+        can_store=info.can_store,
+        max_storage=info.max_storage,
+        groups=list(info.groups),
+        allow_to=list(info.allow_to),
+        allow_types=list(info.allow_types),
+        deny_types=list(info.deny_types),
+        allow_miners=list(info.allow_miners),
+        deny_miners=list(info.deny_miners),
+        capacity=stat.capacity,
+        available=stat.available,
+        fs_available=stat.fs_available,
+        reserved=stat.reserved,
+        used=stat.used,
+        healthy=error is None,
+        error=error,
+        last_heartbeat=rfc3339(status.last_heartbeat_ns),
+        files={file_type.dir_name: count for file_type, count in sorted(files.items()) if count},
+    )
+
+
+def sector_report(
+    sector: SectorID,
+    declarations: Sequence[Declaration],
+    *,
+    storages: Mapping[StorageID, StorageStatus],
+    cutoff: float,
+    path_of: Callable[[SectorFile, StorageID], str | None],
+    state: Callable[[SectorFile], str] | None,
+) -> SectorReport:
+    """Every file of a sector; `state` is None where no node runs."""
+    files = []
+    for file_type in FileType:
+        held = [item for item in declarations if item.file.file_type is file_type]
+        if not held:
+            continue
+        facts = content.present_facts(held)
+        locations = [
+            LocationReport(
+                storage=item.storage,
+                primary=item.primary,
+                urls=list(storages[item.storage].info.urls) if item.storage in storages else [],
+                path=path_of(item.file, item.storage),
+                healthy=item.storage in storages and storages[item.storage].healthy(cutoff),
+            )
+            for item in held
+        ]
+        files.append(
+            FileReport(
+                file_type=file_type.dir_name,
+                size=facts.size if facts else None,
+                mtime_ns=facts.mtime_ns if facts else None,
+                state=state(held[0].file) if state else _state_at_rest(locations),
+                locations=locations,
+            )
+        )
+    return SectorReport(sector=sector.name, files=files)
+
+
+def _state_at_rest(locations: Iterable[LocationReport]) -> str:
+    """The state of a file where no node runs: by what the Index last heard."""
+    locations = list(locations)
+    if any(location.path for location in locations):
+        return "local"
+    return "remote" if any(location.healthy for location in locations) else "unavailable"
+
+
+def rfc3339(time_ns: int) -> str:
+    """Unix nanoseconds as RFC 3339 in UTC with milliseconds."""
+    moment = datetime.fromtimestamp(time_ns // 1_000_000 / 1000, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
