@@ -1,0 +1,290 @@
+"""An HTTP/1.1 server on trio streams: h11 parses, `sendfile` moves the bytes.
+
+One task per connection, one request at a time on it. Everything a client does has a limit in bytes
+and in time (`messages.Limits`); a client beyond one is answered in a line where that is possible
+and cut off. Cancelling `serve` closes every connection.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import NoReturn
+
+import h11
+import trio
+
+from sectorfs.errors import BadInput, SectorFSError, TooLarge
+from sectorfs.metrics import HTTP_SENT_BYTES
+from sectorfs.wire.messages import (
+    FileBody,
+    HeaderTooLarge,
+    Limits,
+    Reply,
+    Request,
+    RequestTimedOut,
+    error_reply,
+    parse_target,
+    text_reply,
+)
+from sectorfs.wire.pace import Pace
+from sectorfs.wire.sendfile import ClientGone, send_bytes, send_file
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[Request], Awaitable[Reply]]
+
+_PIECE = 16 * 1024
+_BODY_PIECE = 256 * 1024
+_LINGER_BYTES = 4 * 1024 * 1024
+_OVERFLOW = 64
+"""Connections beyond the limit that are told so; more are closed without a word."""
+_NO_BODY = frozenset({204, 304})
+
+
+async def serve(
+    handler: Handler,
+    listeners: Sequence[trio.SocketListener],
+    *,
+    limits: Limits,
+    task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED,
+) -> NoReturn:
+    """Answer requests with `handler` until cancelled; owns and closes the listeners."""
+    await trio.serve_listeners(
+        _Server(handler, limits).converse, list(listeners), task_status=task_status
+    )
+
+
+class _Server:
+    def __init__(self, handler: Handler, limits: Limits) -> None:
+        self._handler = handler
+        self._limits = limits
+        self._open = 0
+
+    async def converse(self, stream: trio.SocketStream) -> None:
+        """Serve one connection; nothing that happens on it reaches another."""
+        self._open += 1
+        try:
+            connection = _Connection(stream, self._handler, self._limits)
+            if self._open <= self._limits.connections:
+                await connection.run()
+            elif self._open <= self._limits.connections + _OVERFLOW:
+                await connection.turn_away()
+        except (ClientGone, trio.BrokenResourceError, ConnectionError) as exc:
+            log.debug("connection ended: %s", exc)
+        except SectorFSError as exc:
+            log.warning("reply broken off: %s", exc)
+        except Exception:
+            log.exception("connection failed")
+        finally:
+            self._open -= 1
+
+
+class _Connection:
+    def __init__(self, stream: trio.SocketStream, handler: Handler, limits: Limits) -> None:
+        self._stream = stream
+        self._handler = handler
+        self._limits = limits
+        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=limits.header_bytes)
+        self._peer = _peer_address(stream)
+        self._body_left = False  # the client still has a body to send, or is sending it
+
+    async def run(self) -> None:
+        """Answer one request after the other until either side wants no more."""
+        wait = self._limits.header_time
+        for left in reversed(range(self._limits.requests)):
+            try:
+                event = await self._next_request(wait)
+            except SectorFSError as exc:
+                await self._send(error_reply(exc), close=True)
+                break
+            if event is None:
+                return
+            await self._answer(event, close=left == 0)
+            if self._http.states != {h11.CLIENT: h11.DONE, h11.SERVER: h11.DONE}:
+                break
+            self._http.start_next_cycle()
+            wait = self._limits.idle
+        await self._linger()
+
+    async def turn_away(self) -> None:
+        """Tell a client over the limit to come back."""
+        reply = text_reply(503, "too many connections", headers=(("retry-after", "1"),))
+        await self._send(reply, close=True)
+        await self._linger()
+
+    async def _next_request(self, wait: float) -> h11.Request | None:
+        """The next request's header; None when the client is done or silent for `wait` s."""
+        if not self._http.trailing_data[0]:
+            with trio.move_on_after(wait) as scope:
+                await self._receive(_PIECE)
+            if scope.cancelled_caught:
+                return None
+        try:
+            with trio.fail_after(self._limits.header_time):
+                return await self._header()
+        except trio.TooSlowError as exc:
+            raise RequestTimedOut("the header came too slowly", self._peer) from exc
+        except h11.RemoteProtocolError as exc:
+            if exc.error_status_hint == 431:
+                raise self._header_too_large() from exc
+            raise BadInput(f"not HTTP: {str(exc)[:200]}", self._peer) from exc
+
+    async def _header(self) -> h11.Request | None:
+        while (event := self._http.next_event()) is h11.NEED_DATA:
+            await self._receive(_PIECE)
+        if not isinstance(event, h11.Request):
+            return None
+        size = len(event.target) + sum(len(name) + len(value) + 4 for name, value in event.headers)
+        if size > self._limits.header_bytes:
+            raise self._header_too_large()
+        names = {name for name, _ in event.headers}
+        self._body_left = not names.isdisjoint({b"content-length", b"transfer-encoding"})
+        if not self._body_left:
+            self._http.next_event()  # EndOfMessage
+        return event
+
+    def _header_too_large(self) -> HeaderTooLarge:
+        limit = self._limits.header_bytes
+        return HeaderTooLarge(f"a header of more than {limit} bytes", self._peer)
+
+    async def _answer(self, event: h11.Request, *, close: bool) -> None:
+        accept = ""
+        try:
+            request = self._request(event)
+            accept = request.headers.get("accept", "")
+            reply = await self._handler(request)
+        except SectorFSError as exc:
+            reply = error_reply(exc, accept)
+        except Exception:
+            log.exception("%s failed", event.method.decode("ascii", "replace"))
+            reply = text_reply(500, "internal error")
+        await self._send(reply, head_only=event.method == b"HEAD", close=close or self._body_left)
+
+    def _request(self, event: h11.Request) -> Request:
+        segments, query = parse_target(event.target.decode("latin-1"))
+        headers: dict[str, str] = {}
+        for raw_name, raw_value in event.headers:
+            name, value = raw_name.decode("ascii"), raw_value.decode("latin-1")
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        return Request(
+            method=event.method.decode("ascii"),
+            segments=segments,
+            query=query,
+            headers=headers,
+            peer=self._peer,
+            read_body=self._read_body,
+        )
+
+    async def _read_body(self, limit: int) -> bytes:
+        limit = min(limit, self._limits.body_bytes)
+        parts: list[bytes] = []
+        size = 0
+        pace = Pace(self._limits.body_progress)
+        while self._body_left:
+            piece = await self._body_piece(pace)
+            if piece is None:
+                self._body_left = False
+                break
+            size += len(piece)
+            if size > limit:
+                raise TooLarge(f"a body of more than {limit} bytes", self._peer)
+            parts.append(piece)
+        return b"".join(parts)
+
+    async def _body_piece(self, pace: Pace) -> bytes | None:
+        """The next piece of the body, or None at its end."""
+        start = trio.current_time()
+        try:
+            with trio.fail_after(pace.patience()):
+                while (event := self._http.next_event()) is h11.NEED_DATA:
+                    if self._http.they_are_waiting_for_100_continue:
+                        go_on = h11.InformationalResponse(status_code=100, headers=[])
+                        await self._write(self._http.send(go_on) or b"")
+                    await self._receive(_BODY_PIECE)
+        except trio.TooSlowError as exc:
+            raise RequestTimedOut("the body came too slowly", self._peer) from exc
+        except h11.RemoteProtocolError as exc:
+            raise BadInput(f"bad body: {str(exc)[:200]}", self._peer) from exc
+        except trio.BrokenResourceError as exc:
+            raise BadInput("the connection broke in mid body", self._peer) from exc
+        if not isinstance(event, h11.Data):
+            return None
+        pace.moved(len(event.data), waited=trio.current_time() - start)
+        return bytes(event.data)
+
+    async def _send(self, reply: Reply, *, head_only: bool = False, close: bool) -> None:
+        try:
+            if self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+                raise ClientGone("the connection is past an answer")
+            head = self._http.send(_response(reply, close=close)) or b""
+            if head_only or reply.status in _NO_BODY:
+                await self._write(head)
+            elif isinstance(reply.body, FileBody):
+                await self._write(head)
+                # h11 counts the bytes and hands the object back; sendfile moves them
+                self._http.send_with_data_passthrough(h11.Data(data=_Promise(reply.length)))
+                progress = self._limits.write_progress
+                await send_file(self._stream.socket, reply.body, progress=progress)
+            else:
+                data = reply.body or b""
+                await self._write(head + (self._http.send(h11.Data(data=data)) or b""))
+                HTTP_SENT_BYTES.inc(len(data))
+            self._http.send(h11.EndOfMessage())
+        finally:
+            reply.close()
+
+    async def _write(self, data: bytes) -> None:
+        await send_bytes(self._stream.socket, data, progress=self._limits.write_progress)
+
+    async def _receive(self, size: int) -> None:
+        self._http.receive_data(await self._stream.receive_some(size))
+
+    async def _linger(self) -> None:
+        """Let the client read the last reply: closing over unread bytes would reset it away."""
+        with trio.move_on_after(self._limits.linger):
+            self._stream.socket.shutdown(socket.SHUT_WR)
+            left = _LINGER_BYTES
+            while left > 0 and (data := await self._stream.receive_some(_BODY_PIECE)):
+                left -= len(data)
+
+
+class _Promise(bytes):
+    """Stands for bytes that sendfile will send; h11 asks only for its length."""
+
+    _length: int
+
+    def __new__(cls, length: int) -> _Promise:
+        promise = super().__new__(cls)
+        promise._length = length
+        return promise
+
+    def __len__(self) -> int:
+        return self._length
+
+
+def _response(reply: Reply, *, close: bool) -> h11.Response:
+    headers = [("date", formatdate(usegmt=True)), *reply.headers]
+    if reply.status not in _NO_BODY:
+        headers.append(("content-length", str(reply.length)))
+    if close:
+        headers.append(("connection", "close"))
+    encoded = [(name.encode("ascii"), value.encode("latin-1")) for name, value in headers]
+    return h11.Response(status_code=reply.status, headers=encoded, reason=_reason(reply.status))
+
+
+def _reason(status: int) -> bytes:
+    try:
+        return HTTPStatus(status).phrase.encode("ascii")
+    except ValueError:
+        return b""
+
+
+def _peer_address(stream: trio.SocketStream) -> str:
+    try:
+        return str(stream.socket.getpeername()[0])
+    except OSError:
+        return "unknown"  # gone already
