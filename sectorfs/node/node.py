@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 
 PEER_REQUESTS = 64
 """Requests at a time to one peer; fetches have their own, lower bound."""
+MOUNT_SECONDS = 15.0
+"""A new mount must answer within this time."""
 CATCH_UP_SECONDS = 5.0
 """A verb waits so long for its effect to be seen in the catalog."""
 
@@ -145,20 +147,34 @@ async def run_node(
         async with trio.open_nursery() as nursery:
             await nursery.start(_stop_on_signal, nursery.cancel_scope, resort)
             async with open_node(repo, config, mountpoint) as node:
-                repo.write_api(node.api)
-                log.info("node %s is ready", node.api)
-                if ready is not None:
-                    ready()
-                try:
+                ended = trio.Event()
+                async with trio.open_nursery() as serving:
                     if node.mount is not None:
-                        await node.mount.run()
-                    else:
-                        await trio.sleep_forever()
-                finally:
-                    repo.remove_api()
+                        serving.start_soon(_serve_mount, node.mount, ended)
+                        await _wait_answer(node.mount.path)
+                    repo.write_api(node.api)
+                    try:
+                        log.info("node %s is ready", node.api)
+                        if ready is not None:
+                            ready()
+                        await ended.wait()
+                    finally:
+                        repo.remove_api()
             nursery.cancel_scope.cancel()
     finally:
         resort.call_off()
+
+
+async def _serve_mount(mount: Mount, ended: trio.Event) -> None:
+    """Answer the kernel; the node ends with its mount."""
+    await mount.run()
+    ended.set()
+
+
+async def _wait_answer(mountpoint: str) -> None:
+    """Return once the mount answers; the kernel's own request goes through the loop."""
+    lane = Lane(mountpoint, deadline=MOUNT_SECONDS, width=1)
+    await lane.run(lambda: os.stat(mountpoint), what="first look at the mount")
 
 
 async def _stop_on_signal(
