@@ -287,8 +287,11 @@ def _connection(path: Path, *, timeout: float) -> sqlite3.Connection:
     # Shared between threads on purpose: the limiter gives the writer to one thread at a time, and
     # the reader is used on the loop alone.
     db = sqlite3.connect(path, timeout=timeout, isolation_level=None, check_same_thread=False)
-    db.execute("PRAGMA synchronous = FULL")
-    db.execute("PRAGMA foreign_keys = ON")
+    with ExitStack() as undo:
+        undo.callback(db.close)
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA foreign_keys = ON")
+        undo.pop_all()
     return db
 
 

@@ -1,0 +1,79 @@
+"""Which declaration says what a file is, and which may serve its bytes."""
+
+from __future__ import annotations
+
+import pytest
+from index_fixtures import held
+
+from sectorfs.index.content import eligible, exact, present_facts, same_mtime
+from sectorfs.index.protocol import Declaration
+from sectorfs.types import Facts
+
+S = 10**9
+OLD, NEW = Facts(10, 5 * S), Facts(20, 9 * S)
+
+
+def one(storage: str, facts: Facts | None, *, primary: bool = True) -> Declaration:
+    return held(storage, 1, primary=primary, facts=facts)
+
+
+@pytest.mark.parametrize(
+    ("declarations", "expected"),
+    [
+        ([], None),
+        ([one("a", None)], None),
+        ([one("a", OLD), one("b", NEW)], NEW),
+        ([one("a", NEW), one("b", OLD)], NEW),
+        ([one("a", OLD), one("b", NEW, primary=False)], OLD),
+        ([one("b", NEW, primary=False), one("a", OLD)], OLD),
+        ([one("a", None), one("b", NEW, primary=False)], NEW),
+        ([one("a", OLD, primary=False), one("b", NEW, primary=False)], NEW),
+        ([one("b", Facts(2, 5 * S)), one("a", Facts(1, 5 * S))], Facts(1, 5 * S)),
+        ([one("a", Facts(1, 5 * S)), one("b", Facts(2, 5 * S))], Facts(1, 5 * S)),
+    ],
+)
+def test_present_facts(declarations: list[Declaration], expected: Facts | None) -> None:
+    assert present_facts(declarations) == expected
+
+
+@pytest.mark.parametrize(
+    ("declarations", "storages"),
+    [
+        ([], ""),
+        ([one("a", None), one("b", None, primary=False)], "ab"),
+        ([one("a", NEW), one("b", OLD)], "a"),
+        ([one("a", NEW), one("b", Facts(20, 1))], "ab"),
+        ([one("a", NEW), one("b", Facts(20, 1), primary=False)], "a"),
+        ([one("a", NEW), one("b", NEW, primary=False)], "ab"),
+        ([one("a", NEW), one("b", Facts(21, 9 * S), primary=False)], "a"),
+        ([one("a", Facts(20, 9 * S + 7)), one("b", NEW, primary=False)], "ab"),
+        ([one("a", NEW), one("b", None, primary=False), one("c", None)], "abc"),
+    ],
+)
+def test_eligible(declarations: list[Declaration], storages: str) -> None:
+    assert "".join(found.storage for found in eligible(declarations)) == storages
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [(NEW, True), (Facts(20, 9 * S + 1), True), (Facts(21, 9 * S), False), (None, False)],
+)
+def test_exact(facts: Facts | None, expected: bool) -> None:
+    assert exact(one("a", facts, primary=False), NEW) is expected
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (5 * S + 1, 5 * S + 1, True),
+        (5 * S, 5 * S + 999_999_999, True),
+        (5 * S, 6 * S, False),
+        (5 * S, 4 * S + 999_999_999, False),
+        (5 * S + 1, 5 * S + 2, False),
+        (-S, -S + 5, True),
+        (-S, -S - 5, False),
+    ],
+)
+def test_same_mtime(first: int, second: int, expected: bool) -> None:
+    assert same_mtime(first, second) is expected
+    assert same_mtime(second, first) is expected
