@@ -96,7 +96,7 @@ async def test_what_is_sent() -> None:
         seen.append(request)
         return text_reply(200, (await request.body(100)).decode())
 
-    async with running(handler) as port, Client(PATIENT, token=lambda: "T") as client:
+    async with running(handler) as port, Client(PATIENT, token=lambda: "T\n") as client:
         url = f"http://127.0.0.1:{port}/a%20b?x=1#part"
         async with client.request("POST", url, (("x-y", "z"),), b"body") as response:
             assert response.status == 200

@@ -245,7 +245,7 @@ class Client:
         token = self._token() if callable(self._token) else self._token
         fields = [("host", target.authority), ("user-agent", "sectorfs"), *headers]
         if token and all(name.lower() != "authorization" for name, _ in headers):
-            fields.append(("authorization", f"Bearer {token}"))
+            fields.append(("authorization", f"Bearer {token.strip()}"))  # files end in a newline
         if body or method in ("POST", "PUT", "PATCH"):
             fields.append(("content-length", str(len(body))))
         try:

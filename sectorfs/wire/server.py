@@ -218,8 +218,6 @@ class _Connection:
 
     async def _send(self, reply: Reply, *, head_only: bool = False, close: bool) -> None:
         try:
-            if self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-                raise ClientGone("the connection is past an answer")
             head = self._http.send(_response(reply, close=close)) or b""
             if head_only or reply.status in _NO_BODY:
                 await self._write(head)
