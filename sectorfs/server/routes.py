@@ -1,0 +1,143 @@
+"""Paths, methods and permissions of a node's HTTP server.
+
+======================================  =============================  ==========================
+path                                    methods                        needs
+======================================  =============================  ==========================
+``/``                                   GET, HEAD                      ``read`` off loopback
+``/metrics``                            GET, HEAD                      ``read`` off loopback
+``/health``                             GET, HEAD                      nothing
+``/rpc/v0``                             POST                           a valid token; per method
+``/remote/stat/{storage}``              GET, HEAD                      ``read``
+``/remote/{type}/{sector}``             GET, HEAD                      ``read``
+``/remote/{type}/{sector}/files``       GET, HEAD                      ``read``
+``/remote/{type}/{sector}/files/{n}``   GET, HEAD                      ``read``
+======================================  =============================  ==========================
+
+Order of answers: 404 for an unknown path, 405, 401 or 403, then what the path itself says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Literal
+
+import msgspec
+import prometheus_client
+
+from sectorfs.errors import NotFound, SectorFSError
+from sectorfs.metrics import HTTP_REQUESTS
+from sectorfs.server.access import permissions, require
+from sectorfs.server.files import FileRoutes
+from sectorfs.stores.protocol import LocalFiles
+from sectorfs.wire.messages import MethodRefused, Reply, Request, error_reply
+from sectorfs.wire.server import Handler
+from sectorfs.wire.tokens import Secret
+
+Rpc = Callable[[bytes, frozenset[str]], Awaitable[tuple[int, bytes]]]
+"""Answers a JSON-RPC body for a caller with these permissions: HTTP status and body."""
+
+RPC_LIMIT = 100 * 1024 * 1024
+
+
+class _Route(msgspec.Struct, frozen=True):
+    name: str
+    """In metrics."""
+    answer: Callable[[Request], Awaitable[Reply]]
+    methods: tuple[str, ...] = ("GET", "HEAD")
+    needs: Literal["nothing", "read", "read off loopback"] = "read"
+    """`nothing` leaves the token to the route itself."""
+
+
+def make_handler(
+    files: LocalFiles,
+    *,
+    secret: Secret,
+    rpc: Rpc,
+    health: Callable[[], Mapping[str, Any]],
+    status: Callable[[], str],
+    deadline: float,
+) -> Handler:
+    """The handler of a node's server; `deadline` bounds what waits for a disk."""
+    return _Routes(files, secret, rpc, health, status, deadline).handle
+
+
+class _Routes:
+    def __init__(
+        self,
+        files: LocalFiles,
+        secret: Secret,
+        rpc: Rpc,
+        health: Callable[[], Mapping[str, Any]],
+        status: Callable[[], str],
+        deadline: float,
+    ) -> None:
+        self._secret = secret
+        self._rpc = rpc
+        self._health = health
+        self._status = status
+        remote = FileRoutes(files, deadline=deadline)
+        self._fixed = {
+            (): _Route("status", self._show_status, needs="read off loopback"),
+            ("metrics",): _Route("metrics", self._show_metrics, needs="read off loopback"),
+            ("health",): _Route("health", self._show_health, needs="nothing"),
+            ("rpc", "v0"): _Route("rpc", self._call, ("POST",), "nothing"),
+        }
+        self._stat = _Route("stat", remote.stat)
+        self._sector = _Route("sector", remote.sector)
+        self._listing = _Route("listing", remote.listing)
+        self._member = _Route("member", remote.member)
+
+    async def handle(self, request: Request) -> Reply:
+        """Answer a request and count it."""
+        route = self._find(request.segments)
+        name = route.name if route else "unknown"
+        try:
+            reply = await self._answer(route, request)
+        except SectorFSError as exc:
+            reply = error_reply(exc, request.headers.get("accept", ""))
+        except Exception:
+            HTTP_REQUESTS.labels(name, "500").inc()
+            raise
+        HTTP_REQUESTS.labels(name, str(reply.status)).inc()
+        return reply
+
+    def _find(self, segments: tuple[str, ...]) -> _Route | None:
+        if segments[:1] != ("remote",):
+            return self._fixed.get(segments)
+        match segments[1:]:
+            case ("stat", _):
+                return self._stat
+            case (_, _):
+                return self._sector
+            case (_, _, "files"):
+                return self._listing
+            case (_, _, "files", _):
+                return self._member
+        return None
+
+    async def _answer(self, route: _Route | None, request: Request) -> Reply:
+        if route is None:
+            raise NotFound("no such path", request.path[:200])
+        if request.method not in route.methods:
+            allow = ", ".join(route.methods)
+            raise MethodRefused(f"{request.method[:20]} is not offered", request.path, allow=allow)
+        if route.needs == "read" or (route.needs == "read off loopback" and not request.loopback):
+            require(request, self._secret, "read")
+        return await route.answer(request)
+
+    async def _show_status(self, request: Request) -> Reply:
+        kind = ("content-type", "text/plain; charset=utf-8")
+        return Reply(200, (kind,), self._status().encode())
+
+    async def _show_metrics(self, request: Request) -> Reply:
+        kind = ("content-type", prometheus_client.CONTENT_TYPE_LATEST)
+        return Reply(200, (kind,), prometheus_client.generate_latest())
+
+    async def _show_health(self, request: Request) -> Reply:
+        kind = ("content-type", "application/json")
+        return Reply(200, (kind,), msgspec.json.encode(self._health()) + b"\n")
+
+    async def _call(self, request: Request) -> Reply:
+        allowed = permissions(request, self._secret)
+        status, body = await self._rpc(await request.body(RPC_LIMIT), allowed)
+        return Reply(status, (("content-type", "application/json"),), body)

@@ -1,0 +1,314 @@
+"""The client half of the peer protocol: space, facts, whole files and ranges from other nodes.
+
+Every answer is checked before it is believed: status, type, length, range, names. What a peer
+cannot give or says wrongly is an error of the family that names the URL, so that the caller can go
+on to the next source. lotus and Curio nodes have neither HEAD nor listings; the size of a file is
+then read off a range of one byte.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
+from email.utils import parsedate_to_datetime
+from typing import Annotated, TypeVar
+from urllib.parse import quote, urlsplit, urlunsplit
+
+import msgspec
+import trio
+
+from sectorfs.errors import (
+    Forbidden,
+    NotFound,
+    SectorFSError,
+    SourceFailed,
+    TimedOut,
+    TooLarge,
+    Unauthorized,
+    Unreachable,
+)
+from sectorfs.index.protocol import FsStat
+from sectorfs.metrics import FETCHED_BYTES, SOURCE_FAILURES
+from sectorfs.types import (
+    MAX_NUMBER,
+    Facts,
+    MemberFacts,
+    SectorFile,
+    StorageID,
+    parse_member_name,
+)
+from sectorfs.wire.client import Client
+from sectorfs.wire.messages import Runner
+from sectorfs.wire.response import Response
+
+MTIME_HEADER = "sectorfs-mtime-ns"
+"""Last-Modified to the nanosecond, in answers of our nodes."""
+
+_STAT_LIMIT = 64 * 1024
+_LISTING_LIMIT = 16 * 1024 * 1024
+_ERROR_LIMIT = 4 * 1024
+_MAX_PEERS = 4096
+_SETTLE_SECONDS = 60.0
+_HINT = "copy the secret file from the index node"
+_CONTENT_RANGE = re.compile(r"bytes (?:([0-9]{1,19})-([0-9]{1,19})|\*)/([0-9]{1,19}|\*)", re.ASCII)
+
+_Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_NUMBER)]
+_Time = Annotated[int, msgspec.Meta(ge=-MAX_NUMBER, le=MAX_NUMBER)]
+
+
+class _StatShape(msgspec.Struct, rename="pascal"):
+    """FsStat as lotus and Curio send it; old nodes send three of the fields."""
+
+    capacity: _Size = 0
+    available: Annotated[int, msgspec.Meta(ge=-MAX_NUMBER, le=MAX_NUMBER)] = 0
+    fs_available: _Size = msgspec.field(default=0, name="FSAvailable")
+    reserved: _Size = 0
+    max: _Size = 0
+    used: _Size = 0
+
+
+class _MemberShape(msgspec.Struct, rename="pascal"):
+    name: str
+    size: _Size
+    mtime_ns: _Time
+
+
+class _ListingShape(msgspec.Struct, rename="pascal"):
+    size: _Size
+    mtime_ns: _Time
+    files: list[_MemberShape] | None = None
+
+
+class Latency(msgspec.Struct, frozen=True):
+    """A moving average of seconds to the first byte; old samples fade with time and number."""
+
+    seconds: float
+    at: float
+    """When the last sample was taken."""
+
+    def seen(self, seconds: float, *, now: float) -> Latency:
+        """The average with one more sample."""
+        weight = max(0.2, 1 - math.exp(-(now - self.at) / _SETTLE_SECONDS))
+        return Latency(self.seconds + weight * (seconds - self.seconds), now)
+
+
+class PeerClient:
+    """Asks other nodes for what they hold. Base URLs are as in the Index: ``http://h:p/remote``."""
+
+    def __init__(self, client: Client, *, clock: Callable[[], float] = trio.current_time) -> None:
+        self._client = client
+        self._clock = clock
+        self._latency: dict[str, Latency] = {}
+
+    def latency(self, base_url: str) -> float:
+        """Usual seconds to the first byte of an answer; 0 while nothing is known."""
+        known = self._latency.get(_peer(base_url))
+        return known.seconds if known else 0.0
+
+    async def stat(self, base_url: str, storage: StorageID) -> FsStat:
+        """Space of a storage that this peer serves."""
+        async with self._ask("GET", _join(base_url, "stat", storage)) as response:
+            await _expect(response, 200)
+            shape = _decode(response, await response.read(_STAT_LIMIT), _StatShape)
+        return FsStat(**msgspec.structs.asdict(shape))
+
+    async def facts(self, base_url: str, file: SectorFile) -> Facts:
+        """Size and time of a file, and of each file in a sector directory."""
+        url = _file_url(base_url, file)
+        if file.file_type.is_directory:
+            return await self._listing(_join(url, "files"))
+        async with self._ask("HEAD", url) as response:
+            if response.status != 405:
+                await _expect(response, 200)
+                if response.length is None:
+                    raise SourceFailed("HEAD gives no length", response.url)
+                return Facts(response.length, _mtime_ns(response))
+        return await self._facts_by_range(url)
+
+    async def _facts_by_range(self, url: str) -> Facts:
+        """For nodes without HEAD: the total stands in the answer to a range of one byte."""
+        async with self._ask("GET", url, (("range", "bytes=0-0"),)) as response:
+            if response.status != 416:
+                await _expect(response, 206)
+            _, total = _content_range(response)
+            if total is None:
+                raise SourceFailed("names no total size", response.url)
+            return Facts(total, _mtime_ns(response))
+
+    async def _listing(self, url: str) -> Facts:
+        async with self._ask("GET", url) as response:
+            await _expect(response, 200)
+            shape = _decode(response, await response.read(_LISTING_LIMIT), _ListingShape)
+        return _listed(shape, url)
+
+    async def fetch(
+        self,
+        base_url: str,
+        file: SectorFile,
+        member: str | None,
+        descriptor: AbstractContextManager[int],
+        *,
+        size: int,
+        run: Runner,
+        progress: Callable[[int], object] | None = None,
+    ) -> None:
+        """Write a whole file of `size` bytes to the start of `descriptor`.
+
+        `run` is a `Lane.finish`: writes are never given up half way.
+        """
+        try:
+            async with self._ask("GET", _file_url(base_url, file, member)) as response:
+                await _expect(response, 200)
+                _expect_octets(response)
+                await response.save(descriptor, offset=0, length=size, run=run, progress=progress)
+        except SectorFSError:
+            SOURCE_FAILURES.inc()
+            raise
+
+    async def read(
+        self, base_url: str, file: SectorFile, member: str | None, offset: int, size: int
+    ) -> bytes:
+        """Exactly the bytes from `offset` to `offset + size`, which must lie in the file."""
+        if size <= 0:
+            return b""
+        last = offset + size - 1
+        url = _file_url(base_url, file, member)
+        async with self._ask("GET", url, (("range", f"bytes={offset}-{last}"),)) as response:
+            await _expect(response, 206)
+            _expect_octets(response)
+            span, _ = _content_range(response)
+            if span != (offset, last):
+                raise SourceFailed(f"sends another range than {offset}-{last}", response.url)
+            data = await response.read(size)
+            if len(data) != size:
+                raise SourceFailed(f"sent {len(data)} bytes instead of {size}", response.url)
+        FETCHED_BYTES.inc(size)
+        return data
+
+    @asynccontextmanager
+    async def _ask(
+        self, method: str, url: str, headers: tuple[tuple[str, str], ...] = ()
+    ) -> AsyncIterator[Response]:
+        start = self._clock()
+        try:
+            async with self._client.request(method, url, headers) as response:
+                self._observe(url, response.first_byte)
+                yield response
+        except TimedOut:
+            self._observe(url, self._clock() - start)
+            raise
+
+    def _observe(self, url: str, seconds: float) -> None:
+        """Count the time one answer took, or the time waited in vain."""
+        now = self._clock()
+        peer = _peer(url)
+        known = self._latency.pop(peer, None)
+        while len(self._latency) >= _MAX_PEERS:
+            del self._latency[next(iter(self._latency))]
+        self._latency[peer] = known.seen(seconds, now=now) if known else Latency(seconds, now)
+
+
+def _peer(url: str) -> str:
+    return urlsplit(url).netloc
+
+
+def _join(base_url: str, *names: str) -> str:
+    """A URL below a base; the base's query stays, as other implementations join theirs."""
+    parts = urlsplit(base_url)
+    path = "/".join((parts.path.rstrip("/"), *(quote(name, safe="") for name in names)))
+    return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
+
+
+def _file_url(base_url: str, file: SectorFile, member: str | None = None) -> str:
+    names = (file.file_type.dir_name, file.sector.name)
+    if member is None:
+        return _join(base_url, *names)
+    return _join(base_url, *names, "files", member)
+
+
+async def _expect(response: Response, status: int) -> None:
+    """Raise what an answer with another status means."""
+    if response.status == status:
+        return
+    detail = await _error_text(response)
+    if response.status == 404:
+        raise NotFound(f"the peer does not have it{detail}", response.url)
+    if response.status == 401:
+        raise Unauthorized(f"the peer refuses the token{detail}", response.url, _HINT)
+    if response.status == 403:
+        raise Forbidden(f"the token lacks a permission{detail}", response.url, _HINT)
+    raise SourceFailed(f"status {response.status} instead of {status}{detail}", response.url)
+
+
+async def _error_text(response: Response) -> str:
+    """The first line of an error's body, if there is a readable one."""
+    try:
+        body = await response.read(_ERROR_LIMIT)
+    except (TooLarge, Unreachable):
+        return ""
+    lines = body.decode("utf-8", "replace").strip().splitlines()
+    if not lines or not lines[0].isprintable():
+        return ""
+    return f": {lines[0][:200]}"
+
+
+def _expect_octets(response: Response) -> None:
+    kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/octet-stream":
+        raise SourceFailed(f"unknown content type {kind[:80]!r}", response.url)
+
+
+def _content_range(response: Response) -> tuple[tuple[int, int] | None, int | None]:
+    """First and last byte (None for an unsatisfied range) and the total (None if unknown)."""
+    match = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
+    if match is None:
+        raise SourceFailed("no valid Content-Range", response.url)
+    first, last, total = match.groups()
+    size = None if total == "*" else int(total)
+    if first is None:
+        return None, size
+    if int(last) < int(first) or (size is not None and int(last) >= size):
+        raise SourceFailed("a Content-Range that makes no sense", response.url)
+    return (int(first), int(last)), size
+
+
+def _mtime_ns(response: Response) -> int:
+    """To the nanosecond from our nodes, to the second from others, else 0."""
+    exact = response.headers.get(MTIME_HEADER, "")
+    if re.fullmatch(r"-?[0-9]{1,19}", exact, re.ASCII):
+        return int(exact)
+    try:
+        return int(parsedate_to_datetime(response.headers["last-modified"]).timestamp()) * 10**9
+    except (KeyError, ValueError, OverflowError):
+        return 0
+
+
+_Shape = TypeVar("_Shape", _StatShape, _ListingShape)
+
+
+def _decode(response: Response, body: bytes, shape: type[_Shape]) -> _Shape:
+    try:
+        return msgspec.json.decode(body, type=shape)
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise SourceFailed(f"not the JSON of this protocol: {exc}", response.url) from exc
+
+
+def _listed(shape: _ListingShape, url: str) -> Facts:
+    """A listing whose names are safe and unlike, in ascending order."""
+    if shape.files is None:
+        raise SourceFailed("the listing of a directory has no files", url)
+    members = {}
+    for entry in shape.files:
+        try:
+            name = parse_member_name(entry.name)
+        except ValueError as exc:
+            raise SourceFailed(str(exc), url) from exc
+        if name in members:
+            raise SourceFailed(f"lists {name} twice", url)
+        members[name] = MemberFacts(name, entry.size, entry.mtime_ns)
+    total = sum(member.size for member in members.values())
+    if total > MAX_NUMBER:
+        raise SourceFailed("lists sizes beyond reason", url)
+    return Facts(total, shape.mtime_ns, tuple(members[name] for name in sorted(members)))
