@@ -289,7 +289,10 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             status=lambda: f"sectorfs {__version__} at {api}\n",
             deadline=config.timeouts.disk,
         )
-        await nursery.start(partial(serve, handler, listeners, limits=Limits()))
+        limits = Limits(
+            write_progress=config.timeouts.progress, body_progress=config.timeouts.progress
+        )
+        await nursery.start(partial(serve, handler, listeners, limits=limits))
         nursery.start_soon(client.keep_tidy)
         await nursery.start(feed.run)
         await nursery.start(local.run)

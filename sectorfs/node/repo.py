@@ -4,6 +4,9 @@ The lock is a `flock` on ``<repo>/lock``, whose text is the holder's pid and its
 daemon killed while one of its threads hangs in the kernel stays a zombie that keeps its locks, so a
 lock whose holder is a zombie counts as free: the file is replaced by a new one, and whoever ends up
 holding the file that lies at the path holds the repo.
+
+Whoever only asks who holds the repo takes the lock shared for an instant, and the text of a lock
+just taken is still its last holder's: a start that meets either looks again instead of believing it.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import fcntl
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,14 +27,23 @@ from sectorfs.stores.metadata import write_atomically
 from sectorfs.wire import tokens
 
 
+LOCK_PATIENCE = 1.0
+"""Seconds that a start waits for whoever takes the lock at the same moment to say who it is."""
+
+
 def process_runs(pid: int) -> bool:
     """True while a process lives; a zombie (killed, with a thread stuck in the kernel) does not."""
+    return _process_state(pid) not in ("", "Z", "X")
+
+
+def _process_state(pid: int) -> str:
+    """The letter of ``/proc/PID/status``; empty when there is no such process."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
-        return False
+        return ""
     match = re.search(r"^State:\s+(\S)", status, re.MULTILINE)
-    return match is not None and match[1] not in "ZX"
+    return match[1] if match else ""
 
 
 class Repo:
@@ -63,6 +76,8 @@ class Repo:
         """Make the directory (mode 0700) unless it is there."""
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as exc:
+            raise _not_a_directory(self.root) from exc
         except OSError as exc:
             raise from_os(exc, "repo directory cannot be made", self.root) from exc
 
@@ -78,16 +93,16 @@ class Repo:
 
     def mountpoint(self) -> str | None:
         """Where the holder of the repo has its mount."""
-        try:
-            lines = (self.root / "lock").read_text().splitlines()
-        except FileNotFoundError:
-            return None
-        return lines[1] if len(lines) > 1 else None
+        text = self._read("lock")
+        return (text or "").partition("\n")[2].removesuffix("\n") or None
 
     def write_mountpoint(self, path: str) -> None:
         """Note the holder's mount point; only the holder calls this."""
-        with (self.root / "lock").open("w") as file:
-            file.write(f"{os.getpid()}\n{path}\n")
+        try:
+            with (self.root / "lock").open("w") as file:
+                file.write(f"{os.getpid()}\n{path}\n")
+        except OSError as exc:
+            raise from_os(exc, "cannot be written", self.root / "lock") from exc
 
     def holder(self) -> int | None:
         """Pid of the live process that holds the repo, without taking it."""
@@ -95,46 +110,71 @@ class Repo:
             fd = os.open(self.root / "lock", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
+        except NotADirectoryError as exc:
+            raise _not_a_directory(self.root) from exc
+        except OSError as exc:
+            raise from_os(exc, "cannot be read", self.root / "lock") from exc
         try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return _live_pid(fd)
-            return None
+            if _lock_shared(fd):
+                return None
+            pid = _noted_pid(fd)
+            # No pid: the holder is between taking the lock and noting it, so it lives.
+            return pid if pid == 0 or process_runs(pid) else None
         finally:
             os.close(fd)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the repo; `Refused` naming the pid while another live process does."""
-        fd = self._take_lock()
         try:
+            fd = self._take_lock()
+        except OSError as exc:
+            raise from_os(exc, "cannot be locked", self.root / "lock") from exc
+        try:
+            self.remove_api()  # of a node that was killed
             yield
         finally:
             os.close(fd)
 
     def _take_lock(self) -> int:
         path = self.root / "lock"
+        deadline = time.monotonic() + LOCK_PATIENCE
         while True:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                pid = _live_pid(fd)
+                if self._lock_now(fd, path, deadline):
+                    return fd
+            except BaseException:
                 os.close(fd)
-                if pid is not None:
-                    raise Refused(
-                        f"repo is in use by process {pid}",
-                        self.root,
-                        "stop that node, or choose another directory with --repo",
-                    ) from None
-                self._replace_lock(path)
-                continue
-            if os.fstat(fd).st_ino == _inode(path):
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-                return fd
-            os.close(fd)  # somebody replaced the file meanwhile: look again
+                raise
+            os.close(fd)
+
+    def _lock_now(self, fd: int, path: Path, deadline: float) -> bool:
+        """Take the lock of an open lock file; False when all is to be looked at again."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not _lock_shared(fd):
+                self._judge_holder(_noted_pid(fd), path, deadline)
+            return False
+        if os.fstat(fd).st_ino != _inode(path):
+            return False  # somebody replaced the file meanwhile
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        return True
+
+    def _judge_holder(self, pid: int, path: Path, deadline: float) -> None:
+        """`Refused` for a live holder; a zombie's lock file is replaced."""
+        state = _process_state(pid) if pid else ""
+        if state in ("Z", "X"):
+            self._replace_lock(path)
+        elif state or time.monotonic() > deadline:
+            # No state until the end: it runs where this process cannot see it, say in a container.
+            raise Refused(
+                f"repo is in use by process {pid or '(unknown)'}",
+                self.root,
+                "stop that node, or choose another directory with --repo",
+            )
 
     def _replace_lock(self, path: Path) -> None:
         """Put a fresh lock file in place of one that a zombie holds."""
@@ -147,22 +187,20 @@ class Repo:
     def secret(self, *, create: bool) -> tokens.Secret:
         """The cluster's JWT key; made on first use when `create`, else its absence is an error."""
         path = self.root / "secret"
-        if not path.exists():
+        if not os.path.lexists(path):
             if not create:
                 raise BadConfig(
                     "the cluster's secret is missing", path, "copy it from the index node"
                 )
-            self._write("secret", tokens.new_secret().text)
+            with suppress(FileExistsError):  # made by another command at this moment: use that
+                self._write("secret", tokens.new_secret().text, replace=False)
         return tokens.load_secret(path)
 
     def admin_token(self, secret: tokens.Secret) -> str:
         """The admin token of ``<repo>/token``, made again when the secret changed."""
-        path = self.root / "token"
         token = tokens.sign(secret, ("admin",))
-        with suppress(FileNotFoundError):
-            if path.read_text().strip() == token:
-                return token
-        self._write("token", token)
+        if (self._read("token") or "").strip() != token:
+            self._write("token", token)
         return token
 
     # --- the running node ---
@@ -172,7 +210,7 @@ class Repo:
         self._write("api", url)
 
     def remove_api(self) -> None:
-        """The node stops."""
+        """The node stops, or did not come to that."""
         with suppress(FileNotFoundError):
             (self.root / "api").unlink()
 
@@ -180,39 +218,57 @@ class Repo:
         """Address of the running node; a stale file counts as none."""
         if self.holder() is None:
             return None
-        try:
-            return (self.root / "api").read_text().strip() or None
-        except FileNotFoundError:
-            return None
+        return (self._read("api") or "").strip() or None
 
     # --- URLs this node was known under ---
 
     def advertised(self) -> list[str]:
         """URLs this node's paths may still be attached under."""
-        try:
-            return (self.root / "advertised").read_text().split()
-        except FileNotFoundError:
-            return []
+        return (self._read("advertised") or "").split()
 
     def write_advertised(self, urls: list[str]) -> None:
         """Remember them before the first attach, forget old ones after their detach."""
         self._write("advertised", "\n".join(urls))
 
-    def _write(self, name: str, text: str) -> None:
+    def _read(self, name: str) -> str | None:
+        """The text of a small file of ours; None when there is none."""
         path = self.root / name
         try:
-            write_atomically(str(path), f"{text.strip()}\n".encode(), mode=0o600)
+            return path.read_text(errors="replace")
+        except FileNotFoundError:
+            return None
+        except OSError as exc:
+            raise from_os(exc, "cannot be read", path) from exc
+
+    def _write(self, name: str, text: str, *, replace: bool = True) -> None:
+        """Replace a small file of ours; without `replace` one that exists is `FileExistsError`."""
+        path = self.root / name
+        try:
+            write_atomically(str(path), f"{text.strip()}\n".encode(), mode=0o600, replace=replace)
+        except FileExistsError:
+            raise
         except OSError as exc:
             raise from_os(exc, "cannot be written", path) from exc
 
 
-def _live_pid(fd: int) -> int | None:
+def _not_a_directory(root: Path) -> BadConfig:
+    return BadConfig("is not a directory", root, "name another one with --repo")
+
+
+def _lock_shared(fd: int) -> bool:
+    """True when nobody holds a lock file, apart from others who only ask; leaves it free."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    return True
+
+
+def _noted_pid(fd: int) -> int:
+    """The pid that a lock file names; 0 when it names none."""
     text = os.pread(fd, 32, 0).decode(errors="replace").partition("\n")[0]
-    if not text.isdigit():
-        # The holder is between taking the lock and writing its pid: alive.
-        return 0
-    pid = int(text)
-    return pid if process_runs(pid) else None
+    return int(text) if text.isascii() and text.isdigit() else 0
 
 
 def _inode(path: Path) -> int | None:
