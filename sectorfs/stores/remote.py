@@ -15,7 +15,6 @@ behind bulk.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 
 import msgspec
@@ -88,7 +87,7 @@ class RemoteStore:
         parallel: int,
         cutoff: float,
         own_urls: frozenset[str],
-        now: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = trio.current_time,
     ) -> None:
         self._nursery = nursery
         self._catalog = catalog
