@@ -33,7 +33,7 @@ from sectorfs.errors import (
 )
 from sectorfs.index.protocol import Declaration, HealthReport, LocationKey, SectorIndex
 from sectorfs.stores.local_path import LocalPath
-from sectorfs.stores.scan import Look, Names, Odd, other_storage
+from sectorfs.stores.scan import Look, Names, Odd, other_storage, path_lost
 from sectorfs.stores.watch import Armed, Watcher
 from sectorfs.types import MAX_NUMBER, Facts, FileType, SectorFile, SectorID
 
@@ -146,7 +146,10 @@ class Keeper:
     async def refresh(self) -> None:
         """Read ``sectorstore.json`` again and attach with what it says now."""
         path = self.path
-        info = (await path.read_metadata()).info
+        try:
+            info = (await path.read_metadata()).info
+        except NotFound as exc:
+            raise path.fail(path_lost(path.path)) from exc
         if info.storage != path.storage:
             raise path.fail(other_storage(path.path, info.storage, path.storage))
         if info.max_storage != path.info.max_storage:

@@ -102,6 +102,17 @@ class LocalStore:
                 return path.name_of(file, member)
         return None
 
+    def filesystem(self, storage: StorageID) -> int | None:
+        """Device number under a path, to count the space of one that several paths share once."""
+        path = self._paths.get(storage)
+        return path.identity[0] if path is not None else None
+
+    def note(self, storage: StorageID, file: SectorFile) -> None:
+        """A file may not be as it was declared: have it looked at soon. Never blocks."""
+        path = self._paths.get(storage)
+        if path is not None:
+            path.note(file)
+
     async def attach(self, path: str, *, progress: Progress | None = None) -> StorageInfo:
         """Attach a storage path, scan it and declare what it holds.
 
@@ -272,17 +283,23 @@ class LocalStore:
         self, local: LocalPath, drop: bool, before: int, progress: Progress | None
     ) -> ScanCounts:
         keeper = self._keepers[local.storage]
+        counts, trouble = ScanCounts(), None
         try:
             await keeper.refresh()
-            counts = await keeper.scan(
-                drop=drop,
-                deep=True,
-                progress=None if progress is None else lambda seen: progress(before + seen),
-            )
+            try:
+                counts = await keeper.scan(
+                    drop=drop,
+                    deep=True,
+                    progress=None if progress is None else lambda seen: progress(before + seen),
+                )
+            except DiskError as exc:  # one unreadable type directory holds up no other
+                trouble = exc
             counts.declared += await keeper.settle_round()
         except StorageUnavailable as exc:
             local.fail(exc)
             raise
+        if trouble is not None:
+            raise trouble
         return counts
 
     # Files
@@ -411,16 +428,11 @@ class LocalStore:
 
     def _listener(self) -> Listener:
         return Listener(
-            file=self._file_changed,
+            file=self.note,
             type_directory=self._type_changed,
             path=self._path_changed,
             lost=self._events_lost,
         )
-
-    def _file_changed(self, storage: StorageID, file: SectorFile) -> None:
-        local = self._paths.get(storage)
-        if local is not None:
-            local.note(file)
 
     def _type_changed(self, storage: StorageID, file_type: FileType) -> None:
         keeper = self._keepers.get(storage)

@@ -52,7 +52,7 @@ class LocalPath:
         self.path = path
         """As it was attached; absolute."""
         self.identity = identity
-        """Device and inode of the directory, to know it under another name."""
+        """Device and inode of the directory, to know it under another name; as last probed."""
         self.real = real
         """Its name without symbolic links."""
         self.info = info
@@ -182,18 +182,19 @@ class LocalPath:
                 self.fail(StorageUnavailable("the disk does not answer", self.path))
             return
         try:
-            raw = await self.lane.run(self._probe, what="health check")
+            raw, self.identity = await self.lane.run(self._probe, what="health check")
         except SectorFSError as exc:
             self.fail(exc)
             return
         self._take_space(raw)
         self.recover()
 
-    def _probe(self) -> RawSpace:
+    def _probe(self) -> tuple[RawSpace, tuple[int, int]]:
         self._probing = True
         try:
             check_identity(self.path, self.storage)
-            return raw_space(self.path)
+            found = os.stat(self.path)
+            return raw_space(self.path), (found.st_dev, found.st_ino)
         finally:
             self._probing = False
 

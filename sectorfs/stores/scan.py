@@ -81,12 +81,16 @@ def check_identity(path: str, storage: StorageID, *, dir_fd: int | None = None) 
     try:
         found = read_metadata(path, dir_fd=dir_fd).info.storage
     except NotFound as exc:
-        hint = "is its disk mounted?"
-        raise PathLost(f"{METADATA_NAME} is gone", path, hint) from exc
+        raise path_lost(path) from exc
     except BadInput as exc:
         raise PathLost(f"{METADATA_NAME} is malformed", path, str(exc)) from exc
     if found != storage:
         raise other_storage(path, found, storage)
+
+
+def path_lost(path: str) -> PathLost:
+    """The error for a path without its ``sectorstore.json``."""
+    return PathLost(f"{METADATA_NAME} is gone", path, "is its disk mounted?")
 
 
 def other_storage(path: str, found: StorageID, storage: StorageID) -> PathLost:
