@@ -6,7 +6,7 @@ lock whose holder is a zombie counts as free: the file is replaced by a new one,
 holding the file that lies at the path holds the repo.
 
 Whoever only asks who holds the repo takes the lock shared for an instant, and the text of a lock
-just taken is still its last holder's: a start that meets either looks again instead of believing it.
+just taken is still its last holder's: a start that meets either looks again instead of trusting it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from sectorfs.config import Config
 from sectorfs.errors import BadConfig, Refused, from_os
 from sectorfs.stores.metadata import write_atomically
 from sectorfs.wire import tokens
-
 
 LOCK_PATIENCE = 1.0
 """Seconds that a start waits for whoever takes the lock at the same moment to say who it is."""
