@@ -20,9 +20,10 @@ from functools import partial
 
 import trio
 
-from sectorfs.errors import BadInput, Stale, from_os
-from sectorfs.fuse.inodes import Content, InodeKey, InodeTable
+from sectorfs.errors import BadInput, SectorFSError, Stale, from_os
+from sectorfs.fuse.inodes import InodeKey, InodeTable
 from sectorfs.fuse.tree import Listing, Tree
+from sectorfs.index.content import same_mtime
 from sectorfs.metrics import OPEN_FILES
 from sectorfs.stores.lanes import Descriptor
 from sectorfs.stores.protocol import OpenFile, SectorStore
@@ -146,8 +147,11 @@ class Handles:
 
     def close_all(self) -> None:
         """Close what the kernel did not release, because its connection ended first."""
-        for handle in list(self._files):
-            self.release(handle)
+        for handle, file in list(self._files.items()):
+            try:
+                self.release(handle)
+            except OSError as exc:
+                log.warning("%s: close: %s", file.opened.path, exc)
         self._directories.clear()
 
     def _next(self) -> int:
@@ -166,18 +170,25 @@ class Handles:
             if self._same(key, opened):
                 return
             log.info("%s: content differs from its declaration in %s", key.file, opened.storage)
-            with trio.move_on_after(STALE_PATIENCE):
-                await self._on_stale(key.file, key.member, opened)
+            await self._report(key, opened)
         self._invalidate(key.file, key.member)
         raise Stale("content changed", key.file, "open the file again")
 
+    async def _report(self, key: InodeKey, opened: OpenFile) -> None:
+        try:
+            with trio.move_on_after(STALE_PATIENCE):
+                await self._on_stale(key.file, key.member, opened)
+        except SectorFSError as exc:
+            log.warning("%s: changed content could not be declared: %s", key.file, exc)
+
     def _same(self, key: InodeKey, opened: OpenFile) -> bool:
-        content = Content(opened.size, opened.mtime_ns)
-        if key.content is None or key.content.size != content.size:
+        if key.content is None or key.content.size != opened.size:
             return False
         # Copies of one content may differ in their times; one copy and its own declaration not.
         declared = self._tree.declared(key.file, key.member, opened.storage)
-        return declared is None or declared == content
+        return declared is None or (
+            declared.size == opened.size and same_mtime(declared.mtime_ns, opened.mtime_ns)
+        )
 
     def _read_nowait(self, file: _File, offset: int, want: int) -> int:
         view = memoryview(self._shared)[:want]

@@ -58,7 +58,7 @@ class MountInfo(msgspec.Struct, frozen=True):
     @property
     def is_ours(self) -> bool:
         """True for a mount that some sectorfs made."""
-        return self.fstype == f"fuse.{NAME}" or (self.is_fuse and self.source == NAME)
+        return self.fstype == f"fuse.{NAME}" or (self.is_fuse and self.source.split(":")[0] == NAME)
 
 
 def parse_mountinfo(data: bytes) -> list[MountInfo]:

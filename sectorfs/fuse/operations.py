@@ -49,8 +49,8 @@ R = TypeVar("R")
 
 MAX_TASKS = 4000
 """Requests answered at a time. 130 readers of one hung disk filled pyfuse3's own 99."""
-STOP_PATIENCE = 2.0
-"""Seconds the end of the mount waits for tasks, and for its thread."""
+STOP_PATIENCE = 1.0
+"""Seconds each of the four steps at the end of the mount may take: a stop has five in all."""
 
 _BLOCK = 4096
 
@@ -317,12 +317,13 @@ class Mount:
         operations: SectorOperations,
         *,
         allow_other: bool,
+        source: str = mounts.NAME,
         options: Sequence[str] = (),
     ) -> None:
         self.path = mounts.canonical(path)
         self._operations = operations
         self._options = {
-            f"fsname={mounts.NAME}",
+            f"fsname={source}",
             f"subtype={mounts.NAME}",
             "ro",
             "nosuid",
@@ -334,7 +335,8 @@ class Mount:
         self._minor: int | None = None
         self._scope = trio.CancelScope()
         self._running = False
-        self._ended = trio.Event()
+        self.ended = trio.Event()
+        """Set once nothing answers the kernel any more."""
         self._notifier = threading.Thread(
             target=_notify, args=(operations.notifications,), name="notifications", daemon=True
         )
@@ -342,9 +344,13 @@ class Mount:
     async def __aenter__(self) -> Mount:
         mounts.check_mountpoint(self.path)
         _init(self._operations, self.path, self._options)
-        mount = mounts.find_mount(self.path)
-        self._minor = mount.minor if mount is not None else None
-        self._notifier.start()
+        try:
+            mount = mounts.find_mount(self.path)
+            self._minor = mount.minor if mount is not None else None
+            self._notifier.start()
+        except BaseException:
+            pyfuse3.close(unmount=True)
+            raise
         log.info("mounted at %s", self.path)
         return self
 
@@ -364,7 +370,7 @@ class Mount:
                         mounts.tune(mount)
                     task_status.started()
         finally:
-            self._ended.set()
+            self.ended.set()
 
     async def _answer(self, scope: trio.CancelScope) -> None:
         await pyfuse3.main(max_tasks=MAX_TASKS)
@@ -385,17 +391,17 @@ class Mount:
         if self._minor is not None:
             await _try("abort", functools.partial(mounts.abort, self._minor))
         if not leave:
-            await _try("unmount", functools.partial(self._detach))
+            await _try("unmount", self._detach)
         self._scope.cancel()
         with trio.move_on_after(STOP_PATIENCE):
             if self._running:
-                await self._ended.wait()
+                await self.ended.wait()
         await _try("join", functools.partial(self._notifier.join, STOP_PATIENCE))
         self._operations.handles.close_all()
-        if (self._running and not self._ended.is_set()) or self._notifier.is_alive():
+        if (self._running and not self.ended.is_set()) or self._notifier.is_alive():
             log.warning("%s: a request is stuck; its memory is left to the end", self.path)
             return
-        pyfuse3.close(unmount=False)
+        pyfuse3.close(unmount=self._minor is None and not leave)
         log.info("%s: %s", self.path, "left to the next start" if leave else "unmounted")
 
     def _detach(self) -> None:
@@ -412,7 +418,7 @@ def _is_crash(exc: BaseException | None) -> bool:
 
 async def _try(what: str, call: Callable[[], None]) -> None:
     """Run a step of the end in a thread, for as long as patience lasts; failures are logged."""
-    with trio.move_on_after(STOP_PATIENCE * 2):
+    with trio.move_on_after(STOP_PATIENCE):
         try:
             await trio.to_thread.run_sync(call, abandon_on_cancel=True)
         except SectorFSError as exc:
