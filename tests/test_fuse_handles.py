@@ -121,6 +121,14 @@ async def test_a_read_returns_exactly_what_the_file_has(
         assert await fixture.handles.read(handle, offset, size) == DATA[offset : offset + size]
 
 
+async def test_a_read_beyond_the_usual_size_is_whole_too(fixture: Fixture) -> None:
+    data = DATA * 10
+    fixture.path.write_bytes(data)
+    fixture.catalog.declare(FILE, facts_of(fixture.path))
+    handle = await fixture.open()
+    assert await fixture.handles.read(handle, 1, MAX_READ + 2) == data[1 : MAX_READ + 3]
+
+
 async def test_cached_pages_are_read_without_a_thread(fixture: Fixture) -> None:
     handle = await fixture.open()
     fixture.path.read_bytes()

@@ -32,7 +32,7 @@ from sectorfs.types import SectorFile
 log = logging.getLogger(__name__)
 
 MAX_READ = 1 << 20
-"""Largest read the kernel asks for."""
+"""Largest read that is tried on the loop, and the most today's kernels ask for."""
 STALE_PATIENCE = 5.0
 """Seconds an open waits for the catalog to learn of changed content before it answers ESTALE."""
 
@@ -105,10 +105,10 @@ class Handles:
         fresh megabyte per read halves the rate: the kernel has to find and clear 256 pages.)
         """
         file = self._file(handle)
-        want = min(size, file.opened.size - offset, MAX_READ)
+        want = min(size, file.opened.size - offset)
         if want <= 0 or offset < 0:
             return b""
-        have = self._read_nowait(file, offset, want) if file.nowait else 0
+        have = self._read_nowait(file, offset, want) if file.nowait and want <= MAX_READ else 0
         if have == want:
             return memoryview(self._shared)[:want]
         buffer = bytearray(want)
