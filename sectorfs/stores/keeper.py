@@ -290,11 +290,11 @@ class Keeper:
 
     async def _let_settle(self, file: SectorFile, look: Facts) -> None:
         settling = self.path.settling
-        if settling.note(file, trio.current_time(), look):
-            return
-        await self.settle_round()
         if not settling.note(file, trio.current_time(), look):
-            self.path.mark_dirty(file.file_type, deep=True)
+            await self.settle_round()
+            if not settling.note(file, trio.current_time(), look):
+                self.path.mark_dirty(file.file_type, deep=True)
+        self.path.wake()
 
     # Files that change
 
