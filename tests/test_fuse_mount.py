@@ -840,7 +840,11 @@ async def test_a_crash_leaves_a_dead_mount_and_no_empty_directory(world: World) 
     assert await call(partial(os.listdir, world.mountpoint)) == []
 
 
-async def test_unmounting_from_outside_ends_the_run(world: World) -> None:
+async def test_unmounting_from_outside_ends_the_run(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aborted: list[int] = []
+    monkeypatch.setattr(mounts, "abort", aborted.append)
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
             async with Mount(world.mountpoint, world.operations, allow_other=False) as mount:
@@ -848,6 +852,7 @@ async def test_unmounting_from_outside_ends_the_run(world: World) -> None:
                 assert await call(world.seen("sealed/7").read_bytes) == DATA
                 await shell('umount "$M"', M=world.mountpoint)
                 await mount.ended.wait()
+    assert not aborted, "the number may be that of another mount by now"
 
 
 async def test_aborting_from_outside_ends_the_run_and_is_cleaned_up(world: World) -> None:

@@ -332,9 +332,10 @@ class Mount:
             *(["allow_other"] if allow_other else []),
             *options,
         }
-        self._minor: int | None = None
+        self._mount: mounts.MountInfo | None = None
         self._scope = trio.CancelScope()
         self._running = False
+        self._connected = True
         self.ended = trio.Event()
         """Set once nothing answers the kernel any more."""
         self._notifier = threading.Thread(
@@ -345,8 +346,7 @@ class Mount:
         mounts.check_mountpoint(self.path)
         _init(self._operations, self.path, self._options)
         try:
-            mount = mounts.find_mount(self.path)
-            self._minor = mount.minor if mount is not None else None
+            self._mount = mounts.find_mount(self.path)
             self._notifier.start()
         except BaseException:
             pyfuse3.close(unmount=True)
@@ -366,14 +366,16 @@ class Mount:
                     nursery.start_soon(self._answer, nursery.cancel_scope)
                     await self._operations.introduced.wait()
                     # Not earlier: the introduction sets the kernel's own bounds.
-                    if (mount := mounts.find_mount(self.path)) is not None:
-                        mounts.tune(mount)
+                    if self._mount is not None:
+                        mounts.tune(self._mount)
                     task_status.started()
         finally:
             self.ended.set()
 
     async def _answer(self, scope: trio.CancelScope) -> None:
         await pyfuse3.main(max_tasks=MAX_TASKS)
+        # The next mount of the machine may have the connection's number by now: never abort it.
+        self._connected = False
         log.info("%s: the kernel ended the mount", self.path)
         scope.cancel()
 
@@ -388,8 +390,8 @@ class Mount:
 
     async def _stop(self, *, leave: bool) -> None:
         self._operations.notifications.close()
-        if self._minor is not None:
-            await _try("abort", functools.partial(mounts.abort, self._minor))
+        if self._mount is not None and self._connected:
+            await _try("abort", functools.partial(mounts.abort, self._mount.minor))
         if not leave:
             await _try("unmount", self._detach)
         self._scope.cancel()
@@ -401,12 +403,11 @@ class Mount:
         if (self._running and not self.ended.is_set()) or self._notifier.is_alive():
             log.warning("%s: a request is stuck; its memory is left to the end", self.path)
             return
-        pyfuse3.close(unmount=self._minor is None and not leave)
+        pyfuse3.close(unmount=self._mount is None and not leave)
         log.info("%s: %s", self.path, "left to the next start" if leave else "unmounted")
 
     def _detach(self) -> None:
-        mount = mounts.find_mount(self.path)
-        if mount is not None and mount.minor == self._minor:
+        if self._mount is not None and mounts.find_mount(self.path) == self._mount:
             mounts.detach(self.path)
 
 
