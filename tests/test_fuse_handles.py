@@ -438,17 +438,18 @@ async def test_closing_all_closes_all_even_if_one_fails(
     for _ in range(2):
         await fixture.open()
     fixture.handles.open_directory(1)
-    real, calls = os.close, []
+    real, calls = OpenFile.close, []
 
-    def close(fd: int) -> None:
-        calls.append(fd)
-        real(fd)
+    def close(opened: OpenFile) -> None:
+        calls.append(opened)
+        real(opened)
         if len(calls) == 1:
             raise OSError(errno.EIO, "no")
 
-    monkeypatch.setattr(os, "close", close)
+    monkeypatch.setattr(OpenFile, "close", close)
     fixture.handles.close_all()
     monkeypatch.undo()
     assert fixture.handles.open_files == 0
-    assert len(calls) == 2
+    assert calls == fixture.store.opened
+    assert fixture.all_closed()
     assert "close" in caplog.text
