@@ -236,3 +236,45 @@ async def test_a_hung_reader_keeps_its_descriptor(
     assert is_open(numbers[0])
     gate.set()
     await until(lambda: not is_open(numbers[0]))
+
+
+async def test_a_lane_closes_its_descriptors_in_a_thread(
+    tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = lane()
+    numbers = [os.open(tmp_path, os.O_RDONLY) for _ in range(3)]
+    real, threads = os.close, set[int]()
+
+    def close(fd: int) -> None:
+        if fd in numbers:
+            threads.add(threading.get_ident())
+            gate.wait()
+        real(fd)
+
+    monkeypatch.setattr(os, "close", close)
+    for fd in numbers:
+        where.descriptor(fd).close()  # would hang here if the loop closed
+    assert all(is_open(fd) for fd in numbers)
+    gate.set()
+    await until(lambda: not any(is_open(fd) for fd in numbers))
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+
+
+async def test_a_failed_close_is_told_and_the_next_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    where = lane()
+    fds = [os.open(tmp_path, os.O_RDONLY) for _ in range(2)]
+    real = os.close
+
+    def close(fd: int) -> None:
+        real(fd)
+        if fd == fds[0]:
+            raise OSError(errno.EIO, "no")
+
+    monkeypatch.setattr(os, "close", close)
+    for fd in fds:
+        where.descriptor(fd).close()
+    await until(lambda: not any(is_open(fd) for fd in fds))
+    await until(lambda: "close" in caplog.text)

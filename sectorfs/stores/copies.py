@@ -36,11 +36,13 @@ ROOM_LEFT = 64 << 20
 class Partial:
     """One regular file being received; `descriptor` is open for writing at its temporary name."""
 
-    def __init__(self, file: SectorFile, member: str | None, path: Path, fd: int) -> None:
+    def __init__(
+        self, file: SectorFile, member: str | None, path: Path, descriptor: Descriptor
+    ) -> None:
         self.file = file
         self.member = member
         self.path = path
-        self.descriptor = Descriptor(fd)
+        self.descriptor = descriptor
 
 
 class Copies:
@@ -70,9 +72,7 @@ class Copies:
                     return found
             return None
 
-        return await self.lane.run(
-            call, what=f"open copy of {file}", discard=_close
-        )
+        return await self.lane.run(call, what=f"open copy of {file}", discard=_close)
 
     async def begin(self, file: SectorFile, member: str | None, size: int) -> Partial:
         """Make the temporary file; `DiskFull` when `size` bytes do not fit."""
@@ -190,7 +190,7 @@ class Copies:
             os.close(fd)
             return None
         return OpenFile(
-            descriptor=Descriptor(fd),
+            descriptor=self.lane.descriptor(fd),
             size=size,
             mtime_ns=mtime_ns,
             inode=status.st_ino,
@@ -220,7 +220,7 @@ class Copies:
         with suppress(FileNotFoundError):
             path.unlink()
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        return Partial(file, member, path, os.open(path, flags, 0o644))
+        return Partial(file, member, path, self.lane.descriptor(os.open(path, flags, 0o644)))
 
     def _clear_leftovers(self) -> int:
         removed = 0

@@ -7,13 +7,18 @@ place in the lane meanwhile, which is the bound on stuck threads.
 
 A descriptor that such a thread still uses must not be closed and its number reused under it, or the
 late call would act on another file: `Descriptor` closes when its last user has left.
+
+Closing waits for the disk as well: a FUSE file system is asked to flush at each close. So nothing
+is closed on the loop; each lane has one thread, while there is something to close, that does it.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -21,6 +26,8 @@ from typing import Generic, TypeVar
 import trio
 
 from sectorfs.errors import StorageUnavailable, from_os
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -35,6 +42,7 @@ class Lane:
         """Path or URL named in errors."""
         self.deadline = deadline
         self._limiter = trio.CapacityLimiter(width)
+        self._closer = _Closer(thing)
 
     @property
     def busy(self) -> int:
@@ -72,6 +80,42 @@ class Lane:
         except OSError as exc:
             raise from_os(exc, what, self.thing) from exc
 
+    def descriptor(self, fd: int) -> Descriptor:
+        """A descriptor of a file on this storage, closed in a thread of the storage."""
+        return Descriptor(fd, close=self._closer.close)
+
+
+class _Closer:
+    """Closes descriptors in one thread; when that hangs, only the descriptors wait."""
+
+    def __init__(self, thing: str) -> None:
+        self._thing = thing
+        self._lock = threading.Lock()  # held for a few instructions only
+        self._waiting: deque[int] = deque()  # bounded by the process's limit on descriptors
+        self._running = False
+
+    def close(self, fd: int) -> None:
+        """Have a descriptor closed soon; never waits."""
+        with self._lock:
+            self._waiting.append(fd)
+            if self._running:
+                return
+            self._running = True
+        trio.lowlevel.start_thread_soon(self._close_all, lambda outcome: outcome.unwrap())
+
+    def _close_all(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._running = False
+                    return
+                fd = self._waiting.popleft()
+            try:
+                os.close(fd)
+            except OSError as exc:
+                # The descriptor is gone all the same; of a file only read, nothing is lost.
+                log.warning("%s: close: %s", self._thing, exc)
+
 
 class _Job(Generic[T]):
     """One call, and who cleans up its result when nobody waits for it any more."""
@@ -104,10 +148,14 @@ class _Job(Generic[T]):
 
 
 class Descriptor:
-    """A file descriptor closed by `close`, but not before the last ``with`` block over it ends."""
+    """A file descriptor closed by `close`, but not before the last ``with`` block over it ends.
 
-    def __init__(self, fd: int) -> None:
+    One of a file on a storage is made by its `Lane`, whose thread does the closing.
+    """
+
+    def __init__(self, fd: int, *, close: Callable[[int], None] | None = None) -> None:
         self._fd = fd
+        self._close = close
         self._users = 0
         self._closed = False
         self._lock = (
@@ -136,7 +184,7 @@ class Descriptor:
             self._users -= 1
             last = self._closed and self._users == 0
         if last:
-            os.close(self._fd)
+            self._end()
 
     def close(self) -> None:
         """Close now, or when the last user leaves; a second call does nothing."""
@@ -146,4 +194,10 @@ class Descriptor:
             self._closed = True
             last = self._users == 0
         if last:
+            self._end()
+
+    def _end(self) -> None:
+        if self._close is None:
             os.close(self._fd)
+        else:
+            self._close(self._fd)

@@ -18,7 +18,7 @@ import trio
 from sectorfs import metrics
 from sectorfs.errors import NotFound, SectorFSError, StorageUnavailable
 from sectorfs.index.protocol import FsStat, StorageInfo
-from sectorfs.stores.lanes import Descriptor, Lane
+from sectorfs.stores.lanes import Lane
 from sectorfs.stores.metadata import Metadata, read_metadata
 from sectorfs.stores.protocol import OpenFile
 from sectorfs.stores.scan import Look, Names, check_identity, look_many
@@ -286,7 +286,7 @@ class LocalPath:
                     check_identity(self.path, self.storage)
                 raise
             return OpenFile(
-                descriptor=Descriptor(fd),
+                descriptor=self.lane.descriptor(fd),
                 size=found.st_size,
                 mtime_ns=found.st_mtime_ns,
                 inode=found.st_ino,
