@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from sectorfs import metrics
 from sectorfs.config import StorageConfig, TimeoutsConfig
 from sectorfs.errors import (
     BadInput,
@@ -23,6 +24,7 @@ from sectorfs.errors import (
 )
 from sectorfs.index.protocol import Declaration
 from sectorfs.stores import keeper as keeper_module
+from sectorfs.stores import local as local_module
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.metadata import METADATA_NAME, init_cache_path, read_metadata
 from sectorfs.types import Facts, FileType, StorageID
@@ -435,6 +437,26 @@ async def test_redeclare_of_a_path_that_became_another_storage(
     assert set(await declared(index, storage)) == {SEALED}
     assert len(await declared(index, other)) == 2  # the others are done all the same
     assert not next(attached for attached in store.paths() if attached.storage == storage).available
+
+
+async def test_a_file_that_turned_malformed_is_named_and_mended(
+    index: SwitchedIndex, path: Path
+) -> None:
+    put(path, SEALED)
+    store = make_store(index)
+    storage = (await store.attach(str(path))).storage
+    (local,) = store.paths()
+    text = (path / METADATA_NAME).read_text()
+    (path / METADATA_NAME).write_text(text.replace('"Weight": 10', '"Weight": -1'))
+    with pytest.raises(BadInput, match="'Weight'"):
+        await store.redeclare(drop_missing=True)
+    await store._keepers[storage].beat()
+    assert not local.available
+    assert "'Weight'" in (await index.storages())[0].error
+    (path / METADATA_NAME).write_text(text)
+    await store._keepers[storage].beat()
+    assert local.available
+    assert set(await declared(index, storage)) == {SEALED}
 
 
 async def test_redeclare_of_what_is_not_attached(index: SwitchedIndex) -> None:
@@ -1052,3 +1074,45 @@ async def test_a_limit_counts_what_is_allocated(index: SwitchedIndex, tmp_path: 
     (status,) = await index.storages()
     assert 300_000 <= status.stat.used < 400_000
     assert status.stat.available == (1 << 20) - status.stat.used
+
+
+async def test_a_mount_that_hangs_at_start_holds_one_thread(
+    index: SwitchedIndex, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(path, SEALED)
+    release = threading.Event()
+    attempts: list[str] = []
+    real = local_module._examine
+
+    def hang(where: str) -> object:
+        attempts.append(where)
+        release.wait()
+        return real(where)
+
+    monkeypatch.setattr(local_module, "_examine", hang)
+    store = make_store(index, heartbeat=0.02, timeouts=TimeoutsConfig(disk=0.05))
+    try:
+        await store.attach_all([str(path)])
+        assert "no answer" in store.waiting()[str(path)]
+        for _ in range(5):
+            await store.attach_all(list(store.waiting()))
+        assert len(attempts) == 1
+        release.set()
+        async with running(store):
+            await until(lambda: not store.waiting())
+            await until_declared(index, store.paths()[0].storage, [SEALED])
+    finally:
+        release.set()
+
+
+async def test_figures_of_a_detached_path_are_gone(index: SwitchedIndex, path: Path) -> None:
+    def shown() -> bool:
+        samples = next(iter(metrics.STORAGE_HEALTHY.collect())).samples
+        return storage in [sample.labels["storage"] for sample in samples]
+
+    store = make_store(index)
+    storage = (await store.attach(str(path))).storage
+    await store._keepers[storage].beat()
+    assert shown()
+    await store.detach(storage)
+    assert not shown()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
@@ -32,10 +33,11 @@ from sectorfs.errors import (
     Unreachable,
 )
 from sectorfs.index.protocol import Declaration, HealthReport, LocationKey, SectorIndex
+from sectorfs.stores.declared_pages import DeclaredPages
 from sectorfs.stores.local_path import LocalPath
 from sectorfs.stores.scan import Look, Names, Odd, other_storage, path_lost
 from sectorfs.stores.watch import Armed, Watcher
-from sectorfs.types import MAX_NUMBER, Facts, FileType, SectorFile, SectorID
+from sectorfs.types import Facts, FileType, SectorFile
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +169,6 @@ class Keeper:
             async with path.changing:
                 await self._ask(self._index.declare(batch))
             metrics.DECLARATIONS.labels("declared").inc(len(batch))
-            log.info("%s: declared %d sector files", path.path, len(batch))
 
     async def drop(self, files: Sequence[SectorFile]) -> int:
         """Drop declarations of files that are, looked at again, really not there."""
@@ -185,8 +186,6 @@ class Keeper:
                     await self._ask(self._index.drop(keys))
             dropped += len(keys)
             metrics.DECLARATIONS.labels("dropped").inc(len(keys))
-            if keys:
-                log.info("%s: dropped %d sector files that are gone", path.path, len(keys))
         return dropped
 
     # Scans
@@ -218,9 +217,14 @@ class Keeper:
                     errors.append(exc)
                 else:
                     self.path.trouble.pop(file_type, None)
+        self._tell(counts.declared, counts.dropped)
         if errors:
             raise errors[0]
         return counts
+
+    def _tell(self, declared: int, dropped: int) -> None:
+        if declared or dropped:
+            log.info("%s: declared %d, dropped %d files", self.path.path, declared, dropped)
 
     def _note_trouble(self, file_type: FileType, exc: DiskError) -> None:
         if self.path.trouble.get(file_type) != str(exc):
@@ -242,7 +246,7 @@ class Keeper:
         names = await path.names(file_type, lambda seen: progress(before + seen))
         counts.entries += len(names)
         first = file_type not in path.looked
-        pages = _Pages(self, file_type)
+        pages = DeclaredPages(self._page, file_type, limit=BATCH)
         for files in names.chunks(BATCH):
             declared = await pages.up_to(files[-1])
             gone = list(declared.keys() - set(files))
@@ -258,6 +262,10 @@ class Keeper:
         path.tell_odd(names)
         young = started_ns - names.mtime_ns < YOUNG_DIRECTORY * 1e9
         path.looked[file_type] = -1 if young else names.mtime_ns
+
+    async def _page(self, after: SectorFile | None, limit: int) -> list[Declaration]:
+        call = self._index.declarations(self.path.storage, after=after, limit=limit)
+        return await self._ask(call)
 
     async def _compare(
         self,
@@ -330,7 +338,7 @@ class Keeper:
                     gone.append(file)
         try:
             await self.declare(fresh)
-            await self.drop(gone)
+            self._tell(len(fresh), await self.drop(gone))
         except BaseException:  # cancelled as well: they wait no longer, so only a scan finds them
             path.mark_dirty(files[0].file_type, deep=True)
             raise
@@ -430,11 +438,15 @@ class Keeper:
     def _may_work(self) -> bool:
         return self.path.available and not self.path.blocked
 
+    def _rescan_in(self) -> float:
+        # Not all paths of a cluster in the same minute: their disks are busy with proofs as well.
+        return self._config.rescan * random.uniform(0.8, 1.0)
+
     async def _scan_forever(self) -> None:
         path = self.path
         now = trio.current_time()
         pause_until = now
-        next_look, next_rescan = now + self._config.look, now + self._config.rescan
+        next_look, next_rescan = now + self._config.look, now + self._rescan_in()
         while True:
             now = trio.current_time()
             until = pause_until if path.dirty else max(pause_until, min(next_look, next_rescan))
@@ -443,7 +455,7 @@ class Keeper:
                 continue
             if now >= next_rescan:
                 path.mark_dirty(deep=True)
-                next_rescan = now + self._config.rescan
+                next_rescan = now + self._rescan_in()
             if now >= next_look:
                 await self._guarded("look at type directories", self.look_at_types)
                 next_look = now + self._config.look
@@ -492,45 +504,6 @@ class Keeper:
 
     async def _measure(self) -> None:
         self.path.used = await self.path.measure()
-
-
-class _Pages:
-    """The declarations of one type on one storage, in key order, a page at a time."""
-
-    def __init__(self, keeper: Keeper, file_type: FileType) -> None:
-        self._keeper = keeper
-        self._file_type = file_type
-        self._page: list[Declaration] = []
-        self._done = False
-        lower = [other for other in FileType if other < file_type]
-        last = SectorID(MAX_NUMBER, MAX_NUMBER)
-        self._after = SectorFile(lower[-1], last) if lower else None
-
-    async def _more(self) -> None:
-        keeper = self._keeper
-        page = await keeper._ask(
-            keeper._index.declarations(keeper.path.storage, after=self._after, limit=BATCH)
-        )
-        self._done = len(page) < BATCH or page[-1].file.file_type != self._file_type
-        self._page += [item for item in page if item.file.file_type == self._file_type]
-        if page:
-            self._after = page[-1].file
-
-    async def up_to(self, last: SectorFile) -> dict[SectorFile, Declaration]:
-        """The next declarations, up to and with that of `last`."""
-        while not self._done and (not self._page or self._page[-1].file <= last):
-            await self._more()
-        taken = {item.file: item for item in self._page if item.file <= last}
-        self._page = self._page[len(taken) :]
-        return taken
-
-    async def rest(self) -> list[SectorFile]:
-        """The next page of what is left, empty at the end."""
-        if not self._page and not self._done:
-            await self._more()
-        files = [item.file for item in self._page]
-        self._page = []
-        return files
 
 
 def _batches(items: Sequence[T]) -> Iterator[Sequence[T]]:

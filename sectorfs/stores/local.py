@@ -44,6 +44,14 @@ class _Found(msgspec.Struct, frozen=True):
     stat: FsStat
 
 
+class _Waiting(msgspec.Struct):
+    """A path that could not be attached yet."""
+
+    lane: Lane
+    """Its only one: a mount that hangs for days must not hold a thread per attempt."""
+    error: str = ""
+
+
 class LocalStore:
     """The storage paths attached to this node; implements `stores.protocol.LocalFiles`.
 
@@ -77,7 +85,7 @@ class LocalStore:
         self._nursery: trio.Nursery | None = None
         self._paths: dict[StorageID, LocalPath] = {}
         self._keepers: dict[StorageID, Keeper] = {}
-        self._waiting: dict[str, str] = {}
+        self._waiting: dict[str, _Waiting] = {}
         self._attaching = trio.Lock()
 
     # What is attached
@@ -88,7 +96,7 @@ class LocalStore:
 
     def waiting(self) -> dict[str, str]:
         """Paths given to `attach_all` that could not be attached yet, and why."""
-        return dict(self._waiting)
+        return {path: waiting.error for path, waiting in self._waiting.items() if waiting.error}
 
     def path_of(self, storage: StorageID) -> str | None:
         """The directory of a storage, None when it is not attached here."""
@@ -121,7 +129,8 @@ class LocalStore:
         fails before it knows the path, nothing is attached; when it fails later, the rest of the
         scan follows in `run`.
         """
-        keeper, is_new = await self._open_path(path, now=True)
+        where = _absolute(path)
+        keeper, is_new = await self._open_path(where, self._lane(where), now=True)
         if is_new:
             await self._scan_first(keeper, progress)
         return keeper.path.info
@@ -137,19 +146,23 @@ class LocalStore:
                 nursery.start_soon(self._attach_later, _absolute(path))
 
     async def _attach_later(self, where: str) -> None:
+        waiting = self._waiting.setdefault(where, _Waiting(self._lane(where)))
+        if waiting.lane.busy:
+            return  # an attempt hangs
         try:
-            await self._open_path(where, now=False)
+            await self._open_path(where, waiting.lane, now=False)
         except SectorFSError as exc:
-            if self._waiting.get(where) != str(exc):
+            if waiting.error != str(exc):
                 log.error("cannot attach %s: %s", where, exc)
-            self._waiting[where] = str(exc)
+            waiting.error = str(exc)
         else:
             self._waiting.pop(where, None)
 
-    async def _open_path(self, path: str, *, now: bool) -> tuple[Keeper, bool]:
+    def _lane(self, where: str) -> Lane:
+        return Lane(where, deadline=self._timeouts.disk)
+
+    async def _open_path(self, where: str, lane: Lane, *, now: bool) -> tuple[Keeper, bool]:
         """Make a path one of ours, unless it is; `now`: not before the Index knows it."""
-        where = _absolute(path)
-        lane = Lane(where, deadline=self._timeouts.disk)
         found = await lane.run(lambda: _examine(where), what="attach")
         async with self._attaching:
             known = self._attached_as(where, found)
@@ -234,6 +247,7 @@ class LocalStore:
                 self._start(self._keepers[local.storage])
                 raise
             del self._paths[local.storage], self._keepers[local.storage]
+            local.forget_metrics()
             if self._watcher is not None:
                 self._watcher.forget(local.storage)
         log.info("detached %s, storage %s", local.path, local.storage)

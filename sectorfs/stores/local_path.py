@@ -12,6 +12,7 @@ import math
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import trio
 
@@ -34,6 +35,8 @@ SPACE_AGE = 5.0
 """Seconds for which an answer of statfs serves everybody who asks."""
 LOGGED_ODD = 20
 """Odd entries named in the log per scan of a type; the rest is counted."""
+
+_GAUGES = (metrics.STORAGE_HEALTHY, metrics.STORAGE_CAPACITY, metrics.STORAGE_AVAILABLE)
 
 
 class LocalPath:
@@ -130,6 +133,11 @@ class LocalPath:
         self.available = True
         self.error = ""
         metrics.STORAGE_HEALTHY.labels(self.storage).set(1)
+
+    def forget_metrics(self) -> None:
+        """It is detached: show its figures no longer."""
+        for gauge in _GAUGES:
+            gauge.remove(self.storage)
 
     def health_error(self) -> str:
         """What to tell operators; empty when all is well."""
@@ -245,13 +253,8 @@ class LocalPath:
         """Look at files of one type, however long that takes in all."""
         looks: list[Look] = []
         while len(looks) < len(files):
-            rest = files[len(looks) :]
-            looks += await self.lane.run(
-                lambda rest=rest: look_many(  # type: ignore[misc]  # mypy infers no default
-                    self.path, self.storage, rest, arm=arm
-                ),
-                what="look at sector files",
-            )
+            call = partial(look_many, self.path, self.storage, files[len(looks) :], arm=arm)
+            looks += await self.lane.run(call, what="look at sector files")
         return looks
 
     async def type_mtimes(self) -> dict[FileType, int]:
