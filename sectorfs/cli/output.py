@@ -16,6 +16,8 @@ from sectorfs.errors import SectorFSError
 from sectorfs.node import reports
 from sectorfs.types import MAX_NUMBER
 
+FILE_WIDTH = 200
+"""Columns of a table that goes into a file or a pipe."""
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
@@ -42,8 +44,8 @@ def print_usage_error(error: click.ClickException) -> None:
 
 
 def console() -> Console:
-    """Standard output; colours on a terminal only."""
-    return Console(soft_wrap=not sys.stdout.isatty())
+    """Standard output: as wide as the terminal, or wide enough for a file."""
+    return Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
 
 
 def size(count: int) -> str:
@@ -75,7 +77,7 @@ def storage_table(storages: list[reports.StorageReport]) -> Table:
     """`storage list` for people."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("storage", "path or url", "use", "free", "files", "kind", "health"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading == "storage")
     for storage in storages:
         kind = [
             word
@@ -106,7 +108,7 @@ def sector_table(sector: reports.SectorReport) -> Table:
     """`storage find` for people."""
     table = Table(box=None, pad_edge=False, header_style="bold", title=sector.sector)
     for heading in ("type", "size", "state", "storage", "copy", "where", "health"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading == "storage")
     for file in sector.files:
         for location in file.locations:
             table.add_row(
