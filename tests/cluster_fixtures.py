@@ -27,7 +27,7 @@ from sectorfs.index.protocol import (
     StorageInfo,
 )
 from sectorfs.node import access, connect, reports
-from sectorfs.node.admin import Admin
+from sectorfs.node.admin import Admin, PathSettings
 from sectorfs.stores.metadata import read_metadata
 from sectorfs.types import (
     Facts,
@@ -102,10 +102,16 @@ def listing(root: Path) -> dict[str, tuple[int, int, int]]:
     return found
 
 
-def attach(node: Node, path: Path, *options: str) -> str:
-    """Initialise and attach a storage path; its id."""
-    node.call("storage", "attach", str(path), "--init", "--store", *options)
-    return read_metadata(str(path)).info.storage
+def attach(node: Node, path: Path, *, weight: int = 10) -> str:
+    """Initialise and attach a storage path of a running node; its id."""
+    settings = PathSettings(can_store=True, weight=weight)
+    path.mkdir(parents=True, exist_ok=True)
+    return ask(node, lambda admin: admin.attach(str(path), settings))
+
+
+def rescan(node: Node) -> None:
+    """Have a running node look at all its paths now."""
+    ask(node, lambda admin: admin.redeclare(None, drop_missing=False))
 
 
 # --- looks into a running node ---
@@ -175,13 +181,20 @@ def leftovers(node: Node) -> list[Path]:
 
 
 def descriptors(node: Node) -> list[str]:
-    """What a node has open, apart from connections, which are kept for a while."""
-    found = []
-    folder = Path(f"/proc/{node.pid()}/fd")
-    for entry in folder.iterdir():
-        with suppress(FileNotFoundError):
-            found.append(os.readlink(entry))
-    return sorted(name for name in found if not name.startswith("socket:"))
+    """What a node has open once it reads nothing, apart from connections, which are kept."""
+    cache = str(node.repo.cache_path(node.repo.config()))
+
+    def idle() -> list[str] | None:
+        found = []
+        for entry in Path(f"/proc/{node.pid()}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                found.append(os.readlink(entry))
+        # The kernel tells the end of an open file later, and nobody waits for it.
+        if any(name.startswith(cache) for name in found):
+            return None
+        return sorted(name for name in found if not name.startswith("socket:"))
+
+    return until("open copies to be released", idle)
 
 
 def threads(node: Node) -> int:
@@ -278,13 +291,10 @@ class FalsePeer:
         self.requests: list[str] = []
         """Paths asked for."""
         self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/remote"
+        """Base URL, as the Index lists it."""
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
-
-    @property
-    def url(self) -> str:
-        """Base URL, as the Index lists it."""
-        return f"http://127.0.0.1:{self._listener.getsockname()[1]}/remote"
 
     def _accept(self) -> None:
         while True:
@@ -312,7 +322,9 @@ class FalsePeer:
             self._behaviour(connection, path)
 
     def close(self) -> None:
-        """End every thread."""
+        """End every thread; once is enough."""
+        if self._closing.is_set():
+            return
         self._closing.set()
         self.gate.set()
         with suppress(OSError), socket.create_connection(self._listener.getsockname(), 5):

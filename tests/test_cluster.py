@@ -28,6 +28,7 @@ from tests.cluster_fixtures import (
     noise,
     put,
     put_sparse,
+    rescan,
     seen,
     shows,
     state,
@@ -371,7 +372,7 @@ def test_twenty_opens_of_one_file_fetch_it_once(live: Live) -> None:
     first, second, disk = live
     name, size = "sealed/s-t01000-6", 16 << 20
     put(disk / name, noise(name, size))
-    first.call("storage", "redeclare", "--all")
+    rescan(first)
     seen("the file", lambda: (second.mountpoint / name).exists())
     before = metric(second, "sectorfs_fetched_bytes_total")
     readers = [
@@ -529,7 +530,7 @@ def test_a_sparse_file_of_three_gibibytes(live: Live) -> None:
     first, second, disk = live
     name = "sealed/s-t01000-8"
     put_sparse(disk / name, 3 << 30, b"the end")
-    first.call("storage", "redeclare", "--all")
+    rescan(first)
     seen("the file", lambda: (second.mountpoint / name).exists())
     expected = digest(disk / name)
     for node in (first, second):
