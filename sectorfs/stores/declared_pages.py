@@ -42,10 +42,9 @@ class DeclaredPages:
         self._page = self._page[len(taken) :]
         return taken
 
-    async def rest(self) -> list[SectorFile]:
+    async def rest_of_page(self) -> list[Declaration]:
         """The next page of what is left; empty at the end."""
         if not self._page and not self._done:
             await self._more()
-        files = [item.file for item in self._page]
-        self._page = []
-        return files
+        page, self._page = self._page, []
+        return page

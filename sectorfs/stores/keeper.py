@@ -170,12 +170,18 @@ class Keeper:
                 await self._ask(self._index.declare(batch))
             metrics.DECLARATIONS.labels("declared").inc(len(batch))
 
-    async def drop(self, files: Sequence[SectorFile]) -> int:
-        """Drop declarations of files that are, looked at again, really not there."""
+    async def drop(self, files: Sequence[SectorFile], *, certain: bool = False) -> int:
+        """Drop declarations of files of one type that are, looked at again, really not there.
+
+        Unless it is `certain`, a type directory that became another, empty one keeps them: a disk
+        may be mounted on a type directory, and what shows when it is not looks like no files.
+        """
         path = self.path
         dropped = 0
         for part in _batches(files):
             async with path.changing:
+                if not certain:
+                    await self._refuse_other_directory(part[0].file_type)
                 looks = await path.look(part)
                 keys = [
                     LocationKey(file, path.storage)
@@ -188,6 +194,14 @@ class Keeper:
             metrics.DECLARATIONS.labels("dropped").inc(len(keys))
         return dropped
 
+    async def _refuse_other_directory(self, file_type: FileType) -> None:
+        path = self.path
+        empty = await path.empty_type(file_type)
+        if empty is not None and path.type_ids.get(file_type, empty) != empty:
+            raise _suspicious(
+                path.type_name(file_type), "is empty, and another directory than before"
+            )
+
     # Scans
 
     async def scan(
@@ -196,6 +210,7 @@ class Keeper:
         *,
         drop: bool,
         deep: bool,
+        certain: bool = False,
         progress: Callable[[int], object] | None = None,
     ) -> ScanCounts:
         """List types and declare and drop the differences; `progress` gets the entries so far.
@@ -208,7 +223,9 @@ class Keeper:
         async with self.path.scanning:
             for file_type in types:
                 try:
-                    await self._scan_type(file_type, counts, drop, deep, progress or _ignore)
+                    await self._scan_type(
+                        file_type, counts, drop, deep, certain, progress or _ignore
+                    )
                 except StorageUnavailable as exc:
                     self.path.fail(exc)
                     raise
@@ -238,6 +255,7 @@ class Keeper:
         counts: ScanCounts,
         drop: bool,
         deep: bool,
+        certain: bool,
         progress: Callable[[int], object],
     ) -> None:
         path = self.path
@@ -253,15 +271,27 @@ class Keeper:
             asked = files if deep else [file for file in files if file not in declared]
             gone += await self._compare(asked, declared, names, counts, first)
             if drop and gone:
-                counts.dropped += await self.drop(sorted(gone))
-        rest = await pages.rest()
+                counts.dropped += await self.drop(sorted(gone), certain=certain)
+        rest = await pages.rest_of_page()
+        if drop and not certain and not len(names):
+            self._refuse_older_directory(names, rest)
         while drop and rest:
-            counts.dropped += await self.drop(rest)
-            rest = await pages.rest()
+            files = [item.file for item in rest]
+            counts.dropped += await self.drop(files, certain=certain)
+            rest = await pages.rest_of_page()
+        if len(names) and names.identity is not None:
+            path.type_ids[file_type] = names.identity
         counts.odd += names.odd_count
         path.tell_odd(names)
         young = started_ns - names.mtime_ns < YOUNG_DIRECTORY * 1e9
         path.looked[file_type] = -1 if young else names.mtime_ns
+
+    def _refuse_older_directory(self, names: Names, declared: Sequence[Declaration]) -> None:
+        """Taking a file out of a directory makes it younger than the file."""
+        newest = max((item.facts.mtime_ns for item in declared if item.facts), default=0)
+        if names.identity is not None and names.mtime_ns < newest:
+            where = self.path.type_name(names.file_type)
+            raise _suspicious(where, "is empty, and older than the files declared in it")
 
     async def _page(self, after: SectorFile | None, limit: int) -> list[Declaration]:
         call = self._index.declarations(self.path.storage, after=after, limit=limit)
@@ -504,6 +534,11 @@ class Keeper:
 
     async def _measure(self) -> None:
         self.path.used = await self.path.measure()
+
+
+def _suspicious(where: str, what: str) -> DiskError:
+    hint = "is its disk mounted? If the files are gone: sectorfs storage redeclare --drop-missing"
+    return DiskError(what, where, hint)
 
 
 def _batches(items: Sequence[T]) -> Iterator[Sequence[T]]:

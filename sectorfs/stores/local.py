@@ -304,6 +304,7 @@ class LocalStore:
                 counts = await keeper.scan(
                     drop=drop,
                     deep=True,
+                    certain=drop,  # an operator asked for it
                     progress=None if progress is None else lambda seen: progress(before + seen),
                 )
             except DiskError as exc:  # one unreadable type directory holds up no other

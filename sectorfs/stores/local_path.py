@@ -22,7 +22,7 @@ from sectorfs.index.protocol import FsStat, StorageInfo
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.metadata import Metadata, read_metadata
 from sectorfs.stores.protocol import OpenFile
-from sectorfs.stores.scan import Look, Names, check_identity, look_many
+from sectorfs.stores.scan import Identity, Look, Names, check_identity, empty_type, look_many
 from sectorfs.stores.settling import Settling
 from sectorfs.stores.space import RawSpace, fs_stat, raw_space, usage_steps
 from sectorfs.types import FileType, SectorFile, StorageID
@@ -77,6 +77,8 @@ class LocalPath:
         """The Index failed; the next heartbeat it answers ends this."""
         self.watched: dict[FileType, bool] = {}
         """Types with a watch; True when the watch sees every change, False on a network."""
+        self.type_ids: dict[FileType, Identity] = {}
+        """Type directories as they were when they last had files in them."""
         self.looked: dict[FileType, int] = {}
         """Modification times of the type directories at the last scan; -1 if too new to trust."""
         self.changing = trio.Lock()
@@ -256,6 +258,16 @@ class LocalPath:
             call = partial(look_many, self.path, self.storage, files[len(looks) :], arm=arm)
             looks += await self.lane.run(call, what="look at sector files")
         return looks
+
+    def type_name(self, file_type: FileType) -> str:
+        """Where a type directory is, or would be."""
+        return os.path.join(self.path, file_type.dir_name)
+
+    async def empty_type(self, file_type: FileType) -> Identity | None:
+        """Identity of a type directory that has no entries; None for any other."""
+        return await self.lane.run(
+            lambda: empty_type(self.path, self.storage, file_type), what="look at type directory"
+        )
 
     async def type_mtimes(self) -> dict[FileType, int]:
         """Modification times of the type directories; 0 for those that are not there."""

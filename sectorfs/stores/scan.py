@@ -56,6 +56,9 @@ class Odd(msgspec.Struct, frozen=True):
     """The operating system failed, or a link leads nowhere: the file may well be there."""
 
 
+Identity = tuple[int, int]
+"""Device and inode of a directory."""
+
 Look = Facts | Odd | None
 """What one look at a sector file found; None when it is not there."""
 
@@ -132,6 +135,18 @@ def _is_there(name: str, dir_fd: int) -> bool:
     return True
 
 
+def empty_type(path: str, storage: StorageID, file_type: FileType) -> Identity | None:
+    """Identity of a type directory without any entry; None for one with entries, or none."""
+    with opened_path(path, storage) as root, _opened_type(root, path, file_type) as fd:
+        if fd is None:
+            return None
+        with os.scandir(fd) as entries:
+            if next(entries, None) is not None:
+                return None
+        found = os.fstat(fd)
+        return found.st_dev, found.st_ino
+
+
 class Names:
     """The sectors named in one type directory, 16 bytes each, and its odd entries."""
 
@@ -144,6 +159,8 @@ class Names:
         """Entries read so far."""
         self.mtime_ns = 0
         """Of the directory before the first entry was read; 0 when there is no directory."""
+        self.identity: Identity | None = None
+        """Of the directory; None when there is none."""
         self._keys = _Keys()
 
     def __len__(self) -> int:
@@ -175,7 +192,9 @@ class Names:
         with opened_path(path, storage) as root, _opened_type(root, path, self.file_type) as fd:
             if fd is not None:
                 try:
-                    self.mtime_ns = os.fstat(fd).st_mtime_ns
+                    found = os.fstat(fd)
+                    self.mtime_ns = found.st_mtime_ns
+                    self.identity = (found.st_dev, found.st_ino)
                     with os.scandir(fd) as entries:
                         for entry in entries:
                             self.add(entry.name)
