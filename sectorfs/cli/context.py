@@ -29,6 +29,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     as_json: bool
 
 
+class Location(click.ParamType[Path]):
+    """A path as it was typed. `click.Path` looks at it, and a dead mount or disk never answers."""
+
+    name = "path"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Take the path; an empty one is refused."""
+        text = str(value)
+        if not text:
+            self.fail("an empty path", param, ctx)
+        return Path(text)
+
+
 def common(function: Callable[..., T]) -> Callable[..., T]:
     """Add ``--repo`` and ``--json``; what stands after the verb beats what stands before."""
 

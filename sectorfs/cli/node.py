@@ -16,7 +16,7 @@ from rich.text import Text
 from sectorfs.cli import demo as demo_module
 from sectorfs.cli import output
 from sectorfs.cli.background import in_background
-from sectorfs.cli.context import Settings, common
+from sectorfs.cli.context import Location, Settings, common
 from sectorfs.config import Config
 from sectorfs.errors import BadInput, SectorFSError
 from sectorfs.node import access, unmount
@@ -50,7 +50,7 @@ def _with_node_options(function: Any) -> Any:
 
 
 @click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=Location())
 @_with_node_options
 @click.option("-o", "options", metavar="OPTS", default="ro", help="Mount options: ro,allow_other,…")
 @click.option("--daemon", is_flag=True, help="Return once the mount answers; log to <repo>/log.")
@@ -98,7 +98,7 @@ def serve(
 
 
 @click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=Location())
 @common
 def umount(settings: Settings, mountpoint: Path) -> None:
     """Unmount MOUNTPOINT and stop its node; also when the node died or hangs.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import click
 
 from sectorfs.cli import output
-from sectorfs.cli.context import Settings, common, with_admin
+from sectorfs.cli.context import Location, Settings, common, with_admin
 from sectorfs.cli.progress import shown
 from sectorfs.errors import BadInput
 from sectorfs.node.admin import PathSettings
@@ -50,7 +51,7 @@ def storage(settings: Settings) -> None:
 
 
 @storage.command()
-@click.argument("path", type=click.Path())
+@click.argument("path", type=Location())
 @click.option("--init", is_flag=True, help="Make PATH a storage path first (sectorstore.json).")
 @click.option("--seal", "can_seal", is_flag=True, default=None, help="Sealing may use it.")
 @click.option(
@@ -67,7 +68,7 @@ def storage(settings: Settings) -> None:
 )
 @click.option("--deny-miners", type=Names(), help="Never these miners' sectors.")
 @common
-def attach(settings: Settings, path: str, init: bool, **options: object) -> None:
+def attach(settings: Settings, path: Path, init: bool, **options: object) -> None:
     """Attach a directory of sector files to this node.
 
     Without --init nothing is written below PATH: it must have a sectorstore.json, as the paths of
