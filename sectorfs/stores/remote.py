@@ -7,9 +7,10 @@ after source on any failure. A sector directory is fetched file by file as its f
 that a 64-byte ``p_aux`` never waits for the layers beside it; it becomes a declared copy when all
 files are here.
 
-Bounds: `parallel` fetches at a time from one peer and four times that on the node, so that peers
-which hang leave room for the others; files up to `SMALL` have places of their own and never queue
-behind bulk.
+Bounds: `parallel` fetches at a time from one storage, twice that from one peer and four times that
+on the node, so that a disk of a peer, or a whole peer, that hangs leaves room for the others; files
+up to `SMALL` have places of their own and never queue behind bulk. Whoever queued for a source that
+meanwhile fell silent does not ask it any more: a hundred readers of it wait for one deadline.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from sectorfs.errors import (
     SectorFSError,
     SourceFailed,
     StorageUnavailable,
+    Unreachable,
 )
 from sectorfs.index.catalog import Catalog, Entry
 from sectorfs.index.protocol import Declaration, SectorIndex
@@ -42,8 +44,10 @@ log = logging.getLogger(__name__)
 
 SMALL = 4 << 20
 """Bytes up to which a fetch counts as small."""
+PEER_FACTOR = 2
+"""The bound on fetches per peer is this many times the bound per storage."""
 NODE_FACTOR = 4
-"""The node's bound on fetches is this many times the bound per peer."""
+"""The same for the node."""
 ROUNDS = 3
 """How often an open fetches again when the copy is gone, or another content declared, meanwhile."""
 FAILING_SECONDS = 15.0
@@ -102,6 +106,7 @@ class RemoteStore:
         self._flights: dict[tuple[SectorFile, str | None], _Flight] = {}
         self._places: dict[tuple[str, bool], trio.CapacityLimiter] = {}
         self._failed_at: dict[str, float] = {}
+        self._silent_at: dict[sources.PeerSource, float] = {}
         self._completing: dict[SectorFile, trio.Lock] = {}
 
     # --- what the mount asks ---
@@ -249,6 +254,8 @@ class RemoteStore:
                 causes.append(exc)
                 if not isinstance(exc, NotFound):
                     self._failed_at[source.url] = self._now()
+                if isinstance(exc, Unreachable):
+                    self._silent_at[source] = self._now()
         return causes or [SourceFailed("no peer serves it", file)]
 
     async def _fetch_from(
@@ -261,14 +268,28 @@ class RemoteStore:
         if wanted is None:
             raise NotFound(f"has no file {member!r}", file)
         flight.fetch.size = wanted.size
-        small = wanted.size <= SMALL
-        async with self._place(source.url, small), self._place("", small):
-            await self._receive(source, flight, wanted)
+        await self._receive_in_turn(source, flight, wanted)
         self._failed_at.pop(source.url, None)
+        self._silent_at.pop(source, None)
         if member is None:
             await self._declare(file, facts)
         else:
             await self._complete(file, facts)
+
+    async def _receive_in_turn(
+        self, source: sources.PeerSource, flight: _Flight, wanted: MemberFacts
+    ) -> None:
+        """Receive a file once there is room; not from a source that fell silent meanwhile."""
+        small = wanted.size <= SMALL
+        queued_at = self._now()
+        async with (
+            self._place(f"{source.url} {source.storage}", small, 1),
+            self._place(source.url, small, PEER_FACTOR),
+            self._place("", small, NODE_FACTOR),
+        ):
+            if self._silent_at.get(source, queued_at) > queued_at:
+                raise SourceFailed("did not answer others in time", source.url)
+            await self._receive(source, flight, wanted)
 
     async def _receive(
         self, source: sources.PeerSource, flight: _Flight, wanted: MemberFacts
@@ -295,13 +316,12 @@ class RemoteStore:
                 await self._copies.discard(partial)
             raise
 
-    def _place(self, url: str, small: bool) -> trio.CapacityLimiter:
-        """The bound on fetches of a peer, or of the node (no URL)."""
-        key = (url, small)
+    def _place(self, of: str, small: bool, factor: int) -> trio.CapacityLimiter:
+        """The bound on fetches from a storage, from a peer, or of the node."""
+        key = (of, small)
         limiter = self._places.get(key)
         if limiter is None:
-            bound = self._parallel if url else self._parallel * NODE_FACTOR
-            limiter = self._places[key] = trio.CapacityLimiter(bound)
+            limiter = self._places[key] = trio.CapacityLimiter(self._parallel * factor)
         return limiter
 
     async def _complete(self, file: SectorFile, facts: Facts) -> None:
