@@ -405,13 +405,21 @@ def test_the_cache_becomes_read_only(small_cache: tuple[Node, Node, Path, Path])
     outcome, _ = timed((reader.mountpoint / "sealed/s-t01000-2").read_bytes)
     assert _failed(outcome)
     assert "Read-only file system" in reader.log()
+    assert "source http" not in reader.log()  # no peer is blamed
     _still_well(small_cache)
     # It starts on a read-only cache path too: what lies here, and copies, are read.
     reader.stop()
+    subprocess.run(["mount", "-o", "remount,rw", str(cache)], check=True)
+    put(cache / "copies" / "sealed" / "fetching" / "s-t01000-2", b"sma")
+    subprocess.run(["mount", "-o", "remount,ro", str(cache)], check=True)
     reader.start(mount=True, index=owner)
     seen("the tree", lambda: (reader.mountpoint / "sealed/s-t01000-1").exists())
-    _still_well(small_cache)
+    assert (reader.mountpoint / "sealed/s-t01000-1").read_bytes() == b"small"
+    assert "unfinished fetches stay" in reader.log()
+    reader.stop()
     subprocess.run(["mount", "-o", "remount,rw", str(cache)], check=True)
+    reader.start(mount=True, index=owner)
+    _still_well(small_cache)
     assert (reader.mountpoint / "sealed/s-t01000-2").read_bytes() == b"small too"
 
 
@@ -425,6 +433,7 @@ def test_the_cache_is_removed_while_the_node_runs(
     outcome, _ = timed((reader.mountpoint / "sealed/s-t01000-2").read_bytes)
     assert _failed(outcome)
     assert "the cache path is gone" in reader.log()
+    assert "source http" not in reader.log()  # no peer is blamed
     assert not (cache / "copies").exists()
     assert (reader.mountpoint / "sealed/s-t01000-4").read_bytes() == b"own"
     seen("the loss to be told", lambda: not storages(owner)[gone].healthy)

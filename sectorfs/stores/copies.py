@@ -10,6 +10,9 @@ Order of a commit, so that a crash at any point leaves either no copy or a whole
 fsync, rename, fsync of the directory; only then may the copy be declared. A directory is renamed
 into place when all its files are there. What is left below ``fetching`` at start is removed:
 nothing refers to it. Only the cache path is ever written here, never an operator's path.
+
+What the cache path's own disk refuses is a `DiskError` or `StorageUnavailable`, never `NotFound` or
+a missing permission: whoever fetches must be able to tell it from what a source of the file says.
 """
 
 from __future__ import annotations
@@ -18,16 +21,28 @@ import logging
 import os
 import shutil
 import stat
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
-from sectorfs.errors import DiskFull, NotFound, SectorFSError, SourceFailed
+from sectorfs.errors import (
+    DiskError,
+    DiskFull,
+    NotFound,
+    PermissionRefused,
+    SectorFSError,
+    SourceFailed,
+    StorageUnavailable,
+)
 from sectorfs.index import content
 from sectorfs.stores.lanes import Descriptor, Lane
 from sectorfs.stores.protocol import OpenFile
 from sectorfs.types import ALL_TYPES, Facts, SectorFile, StorageID, file_types
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 ROOM_LEFT = 64 << 20
 """Bytes that a fetch leaves free, so that the file system never fills entirely."""
@@ -54,8 +69,15 @@ class Copies:
         self.lane = lane
 
     async def clear_leftovers(self) -> int:
-        """Remove unfinished fetches of an earlier run; returns how many there were."""
-        removed = await self.lane.finish(self._clear_leftovers, what="clear unfinished fetches")
+        """Remove unfinished fetches of an earlier run; returns how many there were.
+
+        A disk that does not let them go (it became read-only) keeps no node from starting.
+        """
+        try:
+            removed = await self.lane.finish(self._clear_leftovers, what="clear unfinished fetches")
+        except SectorFSError as exc:
+            log.warning("unfinished fetches stay: %s", exc)
+            return 0
         if removed:
             log.info("%s: removed %d unfinished fetches", self.root, removed)
         return removed
@@ -76,11 +98,17 @@ class Copies:
 
     async def begin(self, file: SectorFile, member: str | None, size: int) -> Partial:
         """Make the temporary file; `DiskFull` when `size` bytes do not fit."""
-        return await self.lane.run(
-            lambda: self._begin(file, member, size),
-            what=f"begin copy of {file}",
-            discard=lambda partial: partial.descriptor.close(),
-        )
+        with _own_trouble():
+            return await self.lane.run(
+                lambda: self._begin(file, member, size),
+                what=f"begin copy of {file}",
+                discard=lambda partial: partial.descriptor.close(),
+            )
+
+    async def write(self, call: Callable[[], T], *, what: str) -> T:
+        """Run a step of receiving a file to its end: see `Lane.finish`."""
+        with _own_trouble():
+            return await self.lane.finish(call, what=what)
 
     async def commit(self, partial: Partial, *, size: int, mtime_ns: int) -> None:
         """Sync a received file and give it its name; closes it."""
@@ -101,7 +129,7 @@ class Copies:
             _sync(partial.path.parent)
 
         try:
-            await self.lane.finish(call, what=f"commit copy of {partial.file}")
+            await self.write(call, what=f"commit copy of {partial.file}")
         finally:
             partial.descriptor.close()
 
@@ -201,7 +229,9 @@ class Copies:
 
     def _begin(self, file: SectorFile, member: str | None, size: int) -> Partial:
         if not (self.root / "sectorstore.json").exists():
-            raise NotFound("the cache path is gone", self.root, "restart the node to make it again")
+            raise StorageUnavailable(
+                "the cache path is gone", self.root, "restart the node to make it again"
+            )
         room = os.statvfs(self.root)
         free = room.f_bavail * room.f_frsize
         if size + ROOM_LEFT > free:
@@ -234,6 +264,15 @@ class Copies:
                         os.unlink(entry.path)
                     removed += 1
         return removed
+
+
+@contextmanager
+def _own_trouble() -> Iterator[None]:
+    """Errors of the cache path that could be taken for answers of a source become `DiskError`."""
+    try:
+        yield
+    except (NotFound, PermissionRefused) as exc:
+        raise DiskError(exc.what, exc.thing, exc.hint) from exc
 
 
 def _close(found: OpenFile | None) -> None:

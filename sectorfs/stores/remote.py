@@ -307,7 +307,7 @@ class RemoteStore:
                 member,
                 partial.descriptor,
                 size=wanted.size,
-                run=self._copies.lane.finish,
+                run=self._copies.write,
                 progress=progress,
             )
             await self._copies.commit(partial, size=wanted.size, mtime_ns=wanted.mtime_ns)
@@ -357,9 +357,7 @@ class RemoteStore:
         self, file: SectorFile, member: str | None, causes: list[SectorFSError]
     ) -> NoSource:
         thing = f"{file}/{member}" if member else str(file)
-        error = NoSource("no source can give it", thing, causes)
-        log.error("%s", error)
-        return error
+        return NoSource("no source can give it", thing, causes)
 
 
 def _wanted(facts: Facts | None, member: str | None) -> MemberFacts | None:
