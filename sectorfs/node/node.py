@@ -7,6 +7,7 @@ is there as soon as the catalog is: attaching paths goes on behind both.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -26,7 +27,7 @@ from sectorfs.index.catalog import Catalog, FileChange
 from sectorfs.index.feed import Feed
 from sectorfs.index.protocol import SectorIndex
 from sectorfs.index.rpc import index_methods
-from sectorfs.node import connect, reports, rpc, unmount
+from sectorfs.node import connect, leftovers, reports, rpc, unmount
 from sectorfs.node.admin import LocalAdmin
 from sectorfs.node.repo import Repo
 from sectorfs.node.stop import LastResort
@@ -338,7 +339,7 @@ async def _listen(config: Config) -> tuple[list[trio.SocketListener], str, str]:
             "say under which URL other nodes reach this one: --advertise http://10.0.0.5:8480",
         )
     try:
-        listeners = await trio.open_tcp_listeners(port, host=host or None)
+        listeners = await _bind(host, port)
     except OSError as exc:
         reason = exc.strerror or str(exc)
         raise Refused(
@@ -347,6 +348,15 @@ async def _listen(config: Config) -> tuple[list[trio.SocketListener], str, str]:
     bound = listeners[0].socket.getsockname()[1]
     api = connect.node_url("127.0.0.1" if host in connect.WILDCARDS else host, bound)
     return listeners, api, config.node.advertise.rstrip("/") or api
+
+
+async def _bind(host: str, port: int) -> list[trio.SocketListener]:
+    try:
+        return await trio.open_tcp_listeners(port, host=host or None)
+    except OSError as exc:
+        if exc.errno != errno.EADDRINUSE or leftovers.release_port(port) is None:
+            raise
+    return await trio.open_tcp_listeners(port, host=host or None)
 
 
 async def _close(listeners: Sequence[trio.SocketListener]) -> None:
