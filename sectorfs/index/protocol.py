@@ -13,11 +13,14 @@ JSON-RPC); one contract suite runs over all of them. Rules every implementation 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
 from sectorfs.types import Facts, SectorFile, SectorID, StorageID
+
+PathType = Literal["sealing", "storage"]
+"""What a path is wanted for: the scratch of sealing, or finished sectors."""
 
 
 class StorageInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,6 +169,14 @@ class SectorIndex(Protocol):
         self, sector: SectorID, mask: int, *, sector_size: int = 0, allow_fetch: bool = False
     ) -> list[FoundStorage]:
         """Storages that hold any of the types in `mask`."""
+
+    async def best_alloc(
+        self, mask: int, sector_size: int, *, path_type: PathType, miner: int
+    ) -> list[StorageInfo]:
+        """Storages with room for new files of all types in `mask`, best first; none is no error.
+
+        Type filters and groups are not applied here: the caller may place types apart.
+        """
 
     async def sector(self, sector: SectorID) -> list[Declaration]:
         """Every declaration of a sector in key order."""

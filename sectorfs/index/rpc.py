@@ -22,6 +22,7 @@ from sectorfs.index.protocol import (
     FsStat,
     HealthReport,
     LocationKey,
+    PathType,
     SectorIndex,
     SnapshotPage,
     StorageInfo,
@@ -61,6 +62,7 @@ def index_methods(index: SectorIndex, *, max_listed: int = MAX_LISTED) -> list[M
         ),
         _admin("Filecoin.StorageDropSector", serve.drop_one, str, sector, mask),
         _read("Filecoin.StorageFindSector", serve.find_as_lotus, sector, mask, int, bool),
+        _read("Filecoin.StorageBestAlloc", serve.best_alloc, mask, int, str, int),
         _read("Filecoin.StorageList", serve.list_all),
         _read("Sectorfs.FindSector", serve.find, sector, mask, int, bool),
         _read("Sectorfs.StorageStatus", serve.storages),
@@ -138,6 +140,14 @@ class _Server:
         return await self._index.find(
             shapes.to_sector(sector), mask, sector_size=sector_size, allow_fetch=allow_fetch
         )
+
+    async def best_alloc(
+        self, mask: int, sector_size: int, path_type: str, miner: int
+    ) -> list[shapes.StorageInfoShape] | None:
+        storages = await self._index.best_alloc(
+            mask, sector_size, path_type=shapes.to_path_type(path_type), miner=miner
+        )
+        return [shapes.from_info(info) for info in storages] or None
 
     async def list_all(self) -> dict[str, list[shapes.DeclShape]]:
         """Every storage, also the empty ones, with one mask per sector."""
@@ -255,6 +265,20 @@ class RpcIndex:
         params = [shapes.from_sector(sector), mask, sector_size, allow_fetch]
         found = await self._rows("Sectorfs.FindSector", params, shapes.FoundShape)
         return self._each(shapes.to_found, found)
+
+    async def best_alloc(
+        self, mask: int, sector_size: int, *, path_type: PathType, miner: int
+    ) -> list[StorageInfo]:
+        """Storages with room for new files of all types in `mask`, best first."""
+        checks.mask_types(mask)
+        checks.check_number(sector_size, "sector size", "placement")
+        checks.check_number(miner, "miner", "best allocation")
+        found = await self._rows(
+            "Filecoin.StorageBestAlloc",
+            [mask, sector_size, path_type, miner],
+            shapes.StorageInfoShape,
+        )
+        return self._each(shapes.to_info, found)
 
     async def sector(self, sector: SectorID) -> list[Declaration]:
         """Every declaration of a sector in key order."""

@@ -21,6 +21,7 @@ from sectorfs.index.protocol import (
     FsStat,
     HealthReport,
     LocationKey,
+    PathType,
     SnapshotPage,
     StorageInfo,
     StorageStatus,
@@ -197,6 +198,15 @@ def to_storage_id(text: str) -> StorageID:
         return parse_storage_id(text)
     except ValueError as exc:
         raise BadInput(str(exc), "storage") from exc
+
+
+def to_path_type(text: str) -> PathType:
+    """``"sealing"`` or ``"storage"``; `BadInput` for anything else."""
+    if text == "sealing":
+        return "sealing"
+    if text == "storage":
+        return "storage"
+    raise BadInput(f"unknown path type {text[:80]!r}", "path type", "sealing or storage")
 
 
 def to_info(shape: StorageInfoShape) -> StorageInfo:

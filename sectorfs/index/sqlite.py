@@ -38,6 +38,7 @@ from sectorfs.index.protocol import (
     FsStat,
     HealthReport,
     LocationKey,
+    PathType,
     SnapshotPage,
     StorageInfo,
     StorageStatus,
@@ -68,6 +69,7 @@ class SqliteIndex:
         self._keep_changes = keep_changes
         self._turn = trio.CapacityLimiter(1)
         self._changed = trio.Event()
+        self._odd: dict[StorageID, tuple[str, ...]] = {}
         self._connections: tuple[sqlite3.Connection, sqlite3.Connection] | None = None
 
     @classmethod
@@ -101,6 +103,17 @@ class SqliteIndex:
         checks.check_stat(stat, info.storage)
         now = self._clock_ns()
         await self._write(lambda db: transactions.attach(db, info, stat, now))
+        self._tell_odd(info)
+
+    def _tell_odd(self, info: StorageInfo) -> None:
+        """Warn of filter entries that match nothing, once while they stay the same."""
+        odd = placement.odd_filters(info)
+        if self._odd.get(info.storage, ()) == odd:
+            return
+        self._odd.pop(info.storage, None)
+        if odd:
+            self._odd[info.storage] = odd  # bounded by the storages, a few entries each
+            log.warning("storage %s: filters that match nothing: %s", info.storage, ", ".join(odd))
 
     async def detach(self, storage: StorageID, url: str) -> None:
         """Forget one URL of a storage; with its last URL, the storage and its declarations."""
@@ -154,8 +167,28 @@ class SqliteIndex:
         if allow_fetch:
             holders = {declaration.storage for declaration in held}
             others = [status for status in statuses if status.info.storage not in holders]
-            rows += placement.fetchers(sector, types, others, cutoff=self._cutoff)
+            rows += placement.fetchers(
+                sector,
+                types,
+                others,
+                cutoff=self._cutoff,
+                sector_size=0,
+                groups=None,
+            )
         return rows
+
+    async def best_alloc(
+        self, mask: int, sector_size: int, *, path_type: PathType, miner: int
+    ) -> list[StorageInfo]:
+        """Storages with room for new files of all types in `mask`, best first."""
+        await trio.lowlevel.checkpoint()
+        types = checks.mask_types(mask)
+        checks.check_number(miner, "miner", "best allocation")
+        with self._reading() as db:
+            statuses = queries.storages(db, self._clock_ns())
+        return placement.best_alloc(
+            statuses, types, sector_size, path_type=path_type, miner=miner, cutoff=self._cutoff
+        )
 
     async def sector(self, sector: SectorID) -> list[Declaration]:
         """Every declaration of a sector in key order."""
