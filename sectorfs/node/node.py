@@ -2,7 +2,7 @@
 
 `open_node` builds everything in one exit stack, bottom to top, and takes it down in reverse; the
 one long-lived nursery belongs to it. The server answers before any path is scanned, and the mount
-is there as soon as the catalog is: attaching paths goes on behind both.
+is there as soon as the catalog is; paths on slow disks are attached behind both.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ PEER_REQUESTS = 64
 """Requests at a time to one peer; fetches have their own, lower bound."""
 MOUNT_SECONDS = 15.0
 """A new mount must answer within this time."""
+ATTACH_SECONDS = 2.0
+"""A start waits so long for its paths; a disk that hangs is attached behind."""
 CATCH_UP_SECONDS = 5.0
 """A verb waits so long for its effect to be seen in the catalog."""
 
@@ -300,8 +302,8 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
         old = [url for url in repo.advertised() if url != own_url]
         repo.write_advertised([*old, own_url])
         known = storage_list.read_storage_list(str(repo.storage_json))
-        await local.attach_all((str(copies.root), *known.paths))
-        nursery.start_soon(_forget_old_urls, node, index, old, own_url)
+        attached = await _attach(nursery, local, (str(copies.root), *known.paths))
+        nursery.start_soon(_forget_old_urls, attached, node, index, old, own_url)
         if mountpoint is not None:
             await _mount(stack, node, mountpoint)
         yield node
@@ -379,6 +381,23 @@ async def _open_copies(repo: Repo, config: Config) -> Copies:
     return copies
 
 
+async def _attach(nursery: trio.Nursery, local: LocalStore, paths: Sequence[str]) -> trio.Event:
+    """Attach the node's paths, so that the first reader finds what lies here.
+
+    The event is set when each was tried, which may be later.
+    """
+    done = trio.Event()
+
+    async def attach() -> None:
+        await local.attach_all(paths)
+        done.set()
+
+    nursery.start_soon(attach)
+    with trio.move_on_after(ATTACH_SECONDS):
+        await done.wait()
+    return done
+
+
 def _holders(catalog: Catalog, file: SectorFile) -> Sequence[StorageID]:
     entry = catalog.entry(file)
     return [item.storage for item in entry.declarations] if entry else ()
@@ -411,8 +430,11 @@ async def _recheck(
     await feed.wait_until(lambda catalog: _declared(catalog, file, opened.storage) != before)
 
 
-async def _forget_old_urls(node: Node, index: SectorIndex, old: Sequence[str], own: str) -> None:
+async def _forget_old_urls(
+    attached: trio.Event, node: Node, index: SectorIndex, old: Sequence[str], own: str
+) -> None:
     """Detach this node's paths from URLs it had before; then forget them."""
+    await attached.wait()
     done: set[StorageID] = set()
     while old:
         for path in node.local.paths():
