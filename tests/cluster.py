@@ -109,6 +109,11 @@ class Node:
         self.process.kill()
         self.process.wait()
 
+    def send(self, number: signal.Signals) -> None:
+        """Send the process a signal, and wait for nothing."""
+        assert self.process is not None
+        self.process.send_signal(number)
+
     def stop(self) -> int:
         """Ask the process to stop; its exit status."""
         assert self.process is not None

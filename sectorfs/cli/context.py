@@ -34,7 +34,9 @@ class Location(click.ParamType[Path]):
 
     name = "path"
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Path:
         """Take the path; an empty one is refused."""
         text = str(value)
         if not text:
