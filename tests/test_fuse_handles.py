@@ -22,6 +22,7 @@ from mount_fixtures import (
 )
 
 from sectorfs.errors import BadInput, DiskError, NotFound, Stale, StorageUnavailable, Unreachable
+from sectorfs.fuse import handles
 from sectorfs.fuse.handles import MAX_READ, Handles
 from sectorfs.fuse.inodes import InodeTable
 from sectorfs.fuse.tree import Tree
@@ -240,6 +241,43 @@ async def test_a_hanging_disk_costs_one_deadline_and_the_buffer_is_nobody_elses(
         fixture.handles.release(handle)
     await eventually(lambda: fixture.store.lanes[HERE].busy == 0)
     assert fixture.all_closed()
+
+
+async def test_the_read_that_the_kernel_repeats_waits_for_no_second_deadline(
+    shm_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handles, "SILENT_SECONDS", 60)
+    fixture = Fixture(shm_path, deadline=1)
+    lane = fixture.store.lanes[HERE]
+    with open_gates(fixture.store):
+        handle = await fixture.open()
+        lane.gate.clear()
+        with pytest.raises(StorageUnavailable, match="no answer"):
+            await fixture.handles.read(handle, 0, 4096)
+        threads = lane.busy
+        with trio.fail_after(0.5), pytest.raises(StorageUnavailable, match="last read"):
+            await fixture.handles.read(handle, 0, 4096)
+        assert lane.busy == threads
+        fixture.handles.release(handle)
+    await eventually(lambda: lane.busy == 0)
+
+
+async def test_a_disk_that_was_silent_is_read_again(
+    shm_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handles, "SILENT_SECONDS", 0)
+    fixture = Fixture(shm_path, deadline=0.05)
+    lane = fixture.store.lanes[HERE]
+    with open_gates(fixture.store):
+        handle = await fixture.open()
+        lane.gate.clear()
+        with pytest.raises(StorageUnavailable):
+            await fixture.handles.read(handle, 0, 4096)
+        lane.gate.set()
+        await eventually(lambda: lane.busy == 0)
+        lane.deadline = 60
+        assert await fixture.handles.read(handle, 0, 4096) == DATA[:4096]
+        fixture.handles.release(handle)
 
 
 async def test_each_handle_is_closed_once(fixture: Fixture) -> None:

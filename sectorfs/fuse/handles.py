@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 from collections.abc import Awaitable, Callable
 from functools import partial
 
 import trio
 
-from sectorfs.errors import BadInput, SectorFSError, Stale, from_os
+from sectorfs.errors import BadInput, SectorFSError, Stale, StorageUnavailable, from_os
 from sectorfs.fuse.inodes import InodeKey, InodeTable
 from sectorfs.fuse.tree import Listing, Tree
 from sectorfs.index.content import same_mtime
@@ -33,6 +34,9 @@ log = logging.getLogger(__name__)
 
 MAX_READ = 1 << 20
 """Largest read that is tried on the loop, and the most today's kernels ask for."""
+SILENT_SECONDS = 1.0
+"""For so long a file whose disk let a deadline pass is not read again: the kernel repeats a read
+whose read-ahead failed, and the reader would wait for a second deadline."""
 STALE_PATIENCE = 5.0
 """Seconds an open waits for the catalog to learn of changed content before it answers ESTALE."""
 
@@ -43,12 +47,13 @@ Invalidate = Callable[[SectorFile, str | None], None]
 
 
 class _File:
-    __slots__ = ("nowait", "number", "opened")
+    __slots__ = ("nowait", "number", "opened", "silent_until")
 
     def __init__(self, number: int, opened: OpenFile) -> None:
         self.number = number
         self.opened = opened
         self.nowait = True  # until its file system says that it knows no RWF_NOWAIT
+        self.silent_until = -math.inf
 
 
 class Handles:
@@ -114,8 +119,17 @@ class Handles:
         buffer = bytearray(want)
         buffer[:have] = memoryview(self._shared)[:have]
         call = partial(_read_rest, file.opened.descriptor, buffer, offset, have)
-        length = await file.opened.lane.run(call, what="read")
+        length = await self._in_lane(file, call)
         return memoryview(buffer)[:length]
+
+    async def _in_lane(self, file: _File, call: Callable[[], int]) -> int:
+        if trio.current_time() < file.silent_until:
+            raise StorageUnavailable("did not answer the last read in time", file.opened.path)
+        try:
+            return await file.opened.lane.run(call, what="read")
+        except StorageUnavailable:
+            file.silent_until = trio.current_time() + SILENT_SECONDS
+            raise
 
     def release(self, handle: int) -> None:
         """Close an open file."""
