@@ -71,6 +71,11 @@ class Feed:
         """Follow until cancelled. Started once the catalog is loaded or the Index proved away."""
         pause = 0.0
         while True:
+            if self.catalog.loaded or pause:
+                task_status.started()
+                task_status = trio.TASK_STATUS_IGNORED
+            # Nodes that lost the Index together must not come back in step.
+            await trio.sleep(pause * random.uniform(0.5, 1))
             try:
                 await self.step(wait=self._heartbeat)
                 pause = 0.0
@@ -80,12 +85,6 @@ class Feed:
             except Exception as exc:  # the boundary of a long-lived task: the mount must go on
                 self._failed(exc)
                 pause = LONGEST_PAUSE
-            if self.catalog.loaded or pause:
-                task_status.started()
-                task_status = trio.TASK_STATUS_IGNORED
-            if pause:
-                # Nodes that lost the Index together must not come back in step.
-                await trio.sleep(pause * random.uniform(0.5, 1))
 
     async def step(self, *, wait: float) -> None:
         """Ask once: a snapshot when one is due, else changes, waiting up to `wait` seconds."""
