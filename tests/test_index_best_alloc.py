@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from index_fixtures import ADMIN, STAT, Clock, info, open_index
+from index_fixtures import ADMIN, STAT, Clock, held, info, open_index, sector
 
 from sectorfs.errors import BadInput
 from sectorfs.index.protocol import FsStat, HealthReport, PathType, SectorIndex
@@ -146,6 +146,53 @@ async def test_impossible_questions_are_refused(
     with pytest.raises(BadInput):
         await best(index, mask, size, miner=miner)
     assert await best(index) == []
+
+
+# Find with those that may fetch
+
+
+async def takers(
+    index: SectorIndex, number: int = 7, *, mask: int = SEALED, size: int = 0
+) -> set[str]:
+    """Storages that may fetch a sector, without its holders."""
+    rows = await index.find(sector(number), mask, sector_size=size, allow_fetch=True)
+    return {row.info.storage for row in rows if row.weight == 0}
+
+
+async def test_nothing_is_fetched_before_anybody_holds_it(index: SectorIndex) -> None:
+    for name in ("a", "b"):
+        await index.attach(info(name, can_seal=True), STAT)
+    assert await index.find(sector(7), SEALED, allow_fetch=True) == []
+    await index.declare([held("a", 7)])
+    rows = await index.find(sector(7), SEALED, allow_fetch=True)
+    assert [(row.info.storage, row.weight) for row in rows] == [("a", 10), ("b", 0)]
+    # Another type of the same sector has no holder still.
+    assert await index.find(sector(7), CACHE, allow_fetch=True) == []
+
+
+async def test_only_groups_that_the_holder_allows_fetch(index: SectorIndex) -> None:
+    await index.attach(info("holder", allow_to=("x", "y")), STAT)
+    await index.declare([held("holder", 7)])
+    for name, groups in (("none", ()), ("z", ("z",)), ("x", ("x",)), ("yz", ("y", "z"))):
+        await index.attach(info(name, can_seal=True, groups=groups), STAT)
+    assert await takers(index) == {"x", "yz"}
+    await index.attach(info("open"), STAT)
+    await index.declare([held("open", 7, primary=False)])
+    assert await takers(index) == {"none", "z", "x", "yz"}
+
+
+async def test_who_fetches_needs_room_to_seal_and_to_serve_the_miner(index: SectorIndex) -> None:
+    await index.attach(info("holder"), STAT)
+    await index.declare([held("holder", 7)])
+    await index.attach(info("small", can_seal=True), room(1509))
+    await index.attach(info("large", can_seal=True), room(1510))
+    await index.attach(info("other", can_seal=True, deny_miners=("t01000",)), room(1510))
+    await index.attach(info("typo", can_seal=True, deny_miners=("oops",)), room(1510))
+    assert await takers(index, mask=SEALED | CACHE, size=100) == {"large", "typo"}
+    assert await takers(index, size=100) == {"small", "large", "typo"}
+    with pytest.raises(BadInput):
+        await index.find(sector(7), CACHE, sector_size=2**62, allow_fetch=True)
+    assert len(await index.find(sector(7), SEALED, sector_size=2**63 - 1)) == 1
 
 
 # Over JSON-RPC, as lotus spells it

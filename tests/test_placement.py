@@ -315,6 +315,12 @@ def test_best_alloc_multiplies_without_overflow_or_rounding() -> None:
         status("c", can_store=True, available=2**32, weight=2**32),
     ]
     assert names(paths) == ["b", "a", "c"]
+    # As floats the products would be equal, and the larger room would win.
+    paths = [
+        status("a", can_store=True, available=2**62 + 1, weight=2**62 - 1),
+        status("b", can_store=True, available=2**62, weight=2**62),
+    ]
+    assert names(paths) == ["b", "a"]
 
 
 def test_equals_are_ordered_alike_on_every_node() -> None:

@@ -172,8 +172,8 @@ class SqliteIndex:
                 types,
                 others,
                 cutoff=self._cutoff,
-                sector_size=0,
-                groups=None,
+                sector_size=sector_size,
+                groups=placement.fetch_groups(row.info for row in rows),
             )
         return rows
 
