@@ -7,7 +7,7 @@ from index_fixtures import held
 
 from sectorfs.index.content import eligible, exact, present_facts, same_mtime
 from sectorfs.index.protocol import Declaration
-from sectorfs.types import Facts
+from sectorfs.types import Facts, MemberFacts
 
 S = 10**9
 OLD, NEW = Facts(10, 5 * S), Facts(20, 9 * S)
@@ -60,6 +60,24 @@ def test_eligible(declarations: list[Declaration], storages: str) -> None:
 )
 def test_exact(facts: Facts | None, expected: bool) -> None:
     assert exact(one("a", facts, primary=False), NEW) is expected
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ((MemberFacts("a", 4, 7), MemberFacts("b", 6, 8)), True),
+        ((MemberFacts("a", 4, 7), MemberFacts("b", 6, 9)), False),
+        ((MemberFacts("a", 5, 7), MemberFacts("b", 5, 8)), False),
+        ((MemberFacts("a", 4, 7), MemberFacts("c", 6, 8)), False),
+        ((MemberFacts("a", 10, 7),), False),
+        (None, False),
+    ],
+)
+def test_a_directory_is_exact_when_each_of_its_files_is(
+    members: tuple[MemberFacts, ...] | None, expected: bool
+) -> None:
+    wanted = Facts(10, S, (MemberFacts("a", 4, 7), MemberFacts("b", 6, 8)))
+    assert exact(one("a", Facts(10, S, members), primary=False), wanted) is expected
 
 
 @pytest.mark.parametrize(

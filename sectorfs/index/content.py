@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sectorfs.index.protocol import Declaration
-from sectorfs.types import Facts
+from sectorfs.types import Facts, MemberFacts
 
 _SECOND = 1_000_000_000
 
@@ -41,13 +41,20 @@ def eligible(declarations: Sequence[Declaration]) -> list[Declaration]:
 
 
 def exact(declaration: Declaration, facts: Facts) -> bool:
-    """True when the declaration is known to be this very content: size and mtime agree."""
+    """True when the declaration is known to be this very content: sizes and mtimes agree."""
     known = declaration.facts
-    return (
-        known is not None
-        and known.size == facts.size
-        and same_mtime(known.mtime_ns, facts.mtime_ns)
+    if known is None or not _alike(known, facts):
+        return False
+    # A file of a directory may change without a trace in the directory's own size and time.
+    ours, theirs = known.members or (), facts.members or ()
+    return len(ours) == len(theirs) and all(
+        one.name == other.name and _alike(one, other)
+        for one, other in zip(ours, theirs, strict=True)
     )
+
+
+def _alike(one: Facts | MemberFacts, other: Facts | MemberFacts) -> bool:
+    return one.size == other.size and same_mtime(one.mtime_ns, other.mtime_ns)
 
 
 def same_mtime(one: int, other: int) -> bool:
