@@ -404,6 +404,17 @@ async def test_a_copy_may_have_its_own_times(fixture: Fixture) -> None:
     assert await fixture.handles.read(handle, 0, 5) == DATA[:5]
 
 
+async def test_a_fresh_copy_is_good_before_its_declaration_is_known(fixture: Fixture) -> None:
+    fixture.catalog.attach(HERE)
+    facts = facts_of(fixture.path)
+    fixture.catalog.drop(FILE)
+    fixture.catalog.declare(FILE, facts, SLOW)
+    fixture.catalog.declare(FILE, Facts(facts.size - 1, 12345), HERE, primary=False)
+    handle = await fixture.open()
+    assert await fixture.handles.read(handle, 0, 5) == DATA[:5]
+    assert not fixture.stale
+
+
 async def test_unknown_facts_are_found_out_by_opening(fixture: Fixture) -> None:
     fixture.catalog.declare(FILE, None)
     with pytest.raises(Stale):

@@ -22,7 +22,7 @@ from functools import partial
 import trio
 
 from sectorfs.errors import BadInput, SectorFSError, Stale, StorageUnavailable, from_os
-from sectorfs.fuse.inodes import InodeKey, InodeTable
+from sectorfs.fuse.inodes import Content, InodeKey, InodeTable
 from sectorfs.fuse.tree import Listing, Tree
 from sectorfs.index.content import same_mtime
 from sectorfs.metrics import OPEN_FILES
@@ -196,6 +196,8 @@ class Handles:
             log.warning("%s: changed content could not be declared: %s", key.file, exc)
 
     def _same(self, key: InodeKey, opened: OpenFile) -> bool:
+        if key.content == Content(opened.size, opened.mtime_ns):
+            return True  # whatever was last heard of this copy: it may be a fresh one
         if key.content is None or key.content.size != opened.size:
             return False
         # Copies of one content may differ in their times; one copy and its own declaration not.
