@@ -152,8 +152,13 @@ async def test_find_as_lotus_spells_it(attached: Server) -> None:
         }
     ]
     assert await attached.result("Filecoin.StorageFindSector", SECTOR, 1, 0, False) is None
-    (row,) = await attached.result("Filecoin.StorageFindSector", SECTOR, 1, 2048, True)
-    assert (row["Weight"], row["Primary"]) == (0, False)
+    assert await attached.result("Filecoin.StorageFindSector", SECTOR, 1, 2048, True) is None
+    await attached.index.attach(info("b", can_seal=True), STAT)
+    rows = await attached.result("Filecoin.StorageFindSector", SECTOR, 2, 0, True)
+    assert [(row["ID"], row["Weight"], row["Primary"]) for row in rows] == [
+        ("a", 10, True),
+        ("b", 0, False),
+    ]
 
 
 async def test_list_has_every_storage_and_one_mask_per_sector(attached: Server) -> None:
