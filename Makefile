@@ -8,7 +8,7 @@ PACKAGES := fuse3 libfuse3-dev pkg-config gcc python3-dev python3-venv rsync att
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml Makefile
+$(VENV)/.ready: pyproject.toml Makefile $(wildcard sectorfs/*/*.c)
 	@missing="$$(dpkg-query -W -f='$${Package} $${Status}\n' $(PACKAGES) 2>/dev/null | awk '/install ok installed/ {print $$1}' | sort > .have; printf '%s\n' $(PACKAGES) | sort | comm -23 - .have; rm -f .have)"; \
 	if [ -n "$$missing" ]; then \
 		echo "installing Debian packages:" $$missing; \
