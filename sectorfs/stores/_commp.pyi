@@ -1,0 +1,3 @@
+METHODS: tuple[str, ...]
+
+def roots(data: bytes | bytearray | memoryview, block: int, method: str, /) -> bytes: ...
