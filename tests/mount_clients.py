@@ -149,6 +149,23 @@ class Clients:
         """A process that opens and reads every file at once."""
         return self._start("open-read", *map(str, paths))
 
+    def run(self, *command: str, patience: float) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end, however it ends; one that takes too long fails the test.
+
+        `subprocess.run` would wait for a killed process that cannot die.
+        """
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        self._processes.append(process)
+        try:
+            out, errors = process.communicate(timeout=patience)
+        except subprocess.TimeoutExpired as exc:
+            raise AssertionError(f"{command} did not end within {patience:g} s") from exc
+        return subprocess.CompletedProcess(
+            command, process.returncode, out.decode(), errors.decode()
+        )
+
     def _start(self, *arguments: str) -> Client:
         with self._log.open("ab") as errors:
             process = subprocess.Popen(
@@ -165,9 +182,9 @@ class Clients:
         """Kill all of them; those that hang in a mount end with it."""
         for process in self._processes:
             process.kill()
-            for pipe in (process.stdin, process.stdout):
-                assert pipe is not None
-                pipe.close()
+            for pipe in (process.stdin, process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
 
     def reap(self) -> None:
         """Wait for their ends, once the mounts are gone."""

@@ -22,7 +22,7 @@ from sectorfs.node.reports import StorageReport
 from sectorfs.stores import storage_list
 from sectorfs.stores.metadata import init_path
 from sectorfs.types import Facts
-from tests.cluster import Node, cluster, run, until, write, write_cache
+from tests.cluster import SECTORFS, Node, cluster, until, write, write_cache
 from tests.cluster_fixtures import configure, declare_at, free_port, status
 from tests.hung_disk import HungDisk, hung_disk
 from tests.mount_clients import Client, Clients
@@ -93,6 +93,10 @@ class World:
         directory = mounts.connection(mount.minor)
         assert directory is not None
         return directory
+
+    def verb(self, *arguments: str, repo: Path) -> subprocess.CompletedProcess[str]:
+        """A verb of the command line that may meet what hangs."""
+        return self.clients.run(*SECTORFS, "--repo", str(repo), *arguments, patience=20)
 
     def stick_readers(self, count: int) -> Client:
         """Readers of the hung disk, which hangs from now on; returns once all of them wait."""
@@ -253,7 +257,7 @@ def test_attaching_a_hung_disk_ends_at_its_deadline(world: World) -> None:
     world.node.start()
     world.disk.hang()
     started = time.monotonic()
-    done = run("storage", "attach", str(world.disk.path), repo=world.node.repo.root)
+    done = world.verb("storage", "attach", str(world.disk.path), repo=world.node.repo.root)
     assert done.returncode == 1
     assert f"no answer within {DISK:g} s" in done.stderr
     assert time.monotonic() - started < DISK + 3
@@ -346,7 +350,7 @@ def test_a_crash_leaves_no_empty_directory(world: World, signal_number: signal.S
 
 
 def umount(world: World, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return run("umount", str(path or world.mount), repo=world.root / "another-repo", timeout=30)
+    return world.verb("umount", str(path or world.mount), repo=world.root / "another-repo")
 
 
 def test_umount_of_a_live_mount_ends_its_node(world: World) -> None:
