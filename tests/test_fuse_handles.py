@@ -10,16 +10,6 @@ from pathlib import Path
 
 import pytest
 import trio
-from mount_fixtures import (
-    HERE,
-    SLOW,
-    DictCatalog,
-    DirectoryStore,
-    eventually,
-    facts_of,
-    open_gates,
-    sector_file,
-)
 
 from sectorfs.errors import BadInput, DiskError, NotFound, Stale, StorageUnavailable, Unreachable
 from sectorfs.fuse import handles
@@ -30,6 +20,16 @@ from sectorfs.metrics import OPEN_FILES
 from sectorfs.stores.lanes import Descriptor, Lane
 from sectorfs.stores.protocol import OpenFile, State
 from sectorfs.types import Facts, FileType, SectorFile
+from tests.mount_fixtures import (
+    HERE,
+    SLOW,
+    DictCatalog,
+    DirectoryStore,
+    eventually,
+    facts_of,
+    open_gates,
+    sector_file,
+)
 
 FILE = sector_file("sealed/7")
 DATA = os.urandom(300_000)

@@ -22,7 +22,14 @@ from typing import Any
 import pyfuse3
 import pytest
 import trio
-from mount_fixtures import (
+
+from sectorfs.config import MountConfig
+from sectorfs.errors import MountFailed, NotFound, Refused
+from sectorfs.fuse import mounts
+from sectorfs.fuse.operations import Mount
+from sectorfs.metrics import FUSE_REQUESTS
+from sectorfs.types import Facts
+from tests.mount_fixtures import (
     HERE,
     SLOW,
     World,
@@ -33,13 +40,6 @@ from mount_fixtures import (
     sector_file,
     shell,
 )
-
-from sectorfs.config import MountConfig
-from sectorfs.errors import MountFailed, NotFound, Refused
-from sectorfs.fuse import mounts
-from sectorfs.fuse.operations import Mount
-from sectorfs.metrics import FUSE_REQUESTS
-from sectorfs.types import Facts
 
 pytestmark = pytest.mark.mount
 
@@ -877,7 +877,7 @@ async def test_a_mount_without_fusectl_is_unmounted_too(
 DAEMON = """
 import sys, trio
 from pathlib import Path
-from mount_fixtures import *
+from tests.mount_fixtures import *
 
 async def main():
     world = World(Path(sys.argv[1]))

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterable
 
 import pytest
-from mount_fixtures import DictCatalog, sector_file
 
 from sectorfs.fuse.inodes import ROOT, Content, InodeKey, InodeTable, type_number
 from sectorfs.fuse.notifications import (
@@ -17,6 +16,7 @@ from sectorfs.fuse.notifications import (
 )
 from sectorfs.fuse.tree import Tree
 from sectorfs.types import Facts, FileType, MemberFacts
+from tests.mount_fixtures import DictCatalog, sector_file
 
 SEALED = type_number(FileType.SEALED)
 CACHE = type_number(FileType.CACHE)

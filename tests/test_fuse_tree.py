@@ -7,7 +7,6 @@ import stat
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mount_fixtures import HERE, SLOW, DictCatalog, sector_file
 
 from sectorfs.errors import NameTooLong, Stale
 from sectorfs.fuse.inodes import ROOT, Content, InodeKey, InodeTable, type_number
@@ -16,6 +15,7 @@ from sectorfs.fuse.tree import CACHED_FOR, DirectoryEntry, Tree, space
 from sectorfs.index.catalog import Catalog
 from sectorfs.index.protocol import Changes, Declaration, FsStat, StorageInfo, StorageStatus
 from sectorfs.types import Facts, FileType, MemberFacts, SectorFile, SectorID, StorageID
+from tests.mount_fixtures import HERE, SLOW, DictCatalog, sector_file
 
 SEALED = type_number(FileType.SEALED)
 CACHE = type_number(FileType.CACHE)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from mount_fixtures import HERE, SLOW, DictCatalog, sector_file
 
 from sectorfs.errors import NoAttribute, Unsupported
 from sectorfs.fuse import xattrs
@@ -13,6 +12,7 @@ from sectorfs.fuse.inodes import Content, InodeKey
 from sectorfs.fuse.xattrs import Subject
 from sectorfs.stores.protocol import State
 from sectorfs.types import Facts, SectorFile, StorageID
+from tests.mount_fixtures import HERE, SLOW, DictCatalog, sector_file
 
 FILE = sector_file("sealed/7")
 KEY = InodeKey(FILE, None, Content(5, 6))

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from index_fixtures import ADMIN, STAT, Clock, held, info, open_index, sector
 
 from sectorfs.errors import BadInput
 from sectorfs.index.protocol import FsStat, HealthReport, PathType, SectorIndex
 from sectorfs.index.rpc import index_methods
 from sectorfs.types import FileType, StorageID
 from sectorfs.wire.jsonrpc import Dispatcher
+from tests.index_fixtures import ADMIN, STAT, Clock, held, info, open_index, sector
 
 SEALED, CACHE = FileType.SEALED, FileType.CACHE
 

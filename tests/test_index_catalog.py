@@ -7,11 +7,11 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from index_fixtures import STAT, directory, file, held, info, key, sector
 
 from sectorfs.index.catalog import Catalog, FileChange, Reload
 from sectorfs.index.protocol import Changes, Declaration, SnapshotPage, StorageStatus
 from sectorfs.types import Facts, FileType, SectorFile, SectorID, StorageID
+from tests.index_fixtures import STAT, directory, file, held, info, key, sector
 
 F1, F2 = Facts(1, 10), Facts(2, 20)
 

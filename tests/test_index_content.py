@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from index_fixtures import held
 
 from sectorfs.index.content import eligible, exact, present_facts, same_mtime
 from sectorfs.index.protocol import Declaration
 from sectorfs.types import Facts, MemberFacts
+from tests.index_fixtures import held
 
 S = 10**9
 OLD, NEW = Facts(10, 5 * S), Facts(20, 9 * S)

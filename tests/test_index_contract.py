@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import trio
-from index_fixtures import STAT, Clock, directory, file, held, info, key, open_index, sector
 
 from sectorfs.errors import BadInput, NotFound, TooLarge
 from sectorfs.index.protocol import (
@@ -21,6 +20,7 @@ from sectorfs.index.protocol import (
     SnapshotPage,
 )
 from sectorfs.types import ALL_TYPES, Facts, FileType, MemberFacts, SectorFile, SectorID, StorageID
+from tests.index_fixtures import STAT, Clock, directory, file, held, info, key, open_index, sector
 
 
 @dataclass

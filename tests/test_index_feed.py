@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import trio
-from index_fixtures import STAT, Clock, file, held, info, key, open_index
 from prometheus_client import REGISTRY
 
 from sectorfs.errors import SectorFSError, TimedOut, Unauthorized, Unreachable
@@ -24,6 +23,7 @@ from sectorfs.index.protocol import (
     StorageStatus,
 )
 from sectorfs.types import FileType, StorageID
+from tests.index_fixtures import STAT, Clock, file, held, info, key, open_index
 
 
 class Wire:

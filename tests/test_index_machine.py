@@ -19,7 +19,6 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from index_fixtures import CUTOFF, Clock, rpc_over
 
 from sectorfs.errors import NotFound
 from sectorfs.index.catalog import Catalog, FileChange
@@ -35,6 +34,7 @@ from sectorfs.index.protocol import (
 )
 from sectorfs.index.sqlite import SqliteIndex
 from sectorfs.types import Facts, FileType, MemberFacts, SectorFile, SectorID, StorageID
+from tests.index_fixtures import CUTOFF, Clock, rpc_over
 
 # A failure takes minutes to shrink, and is worth them.
 pytestmark = pytest.mark.timeout(600)

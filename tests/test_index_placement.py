@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from index_fixtures import held, info, sector
 
 from sectorfs.index.placement import allows_type, found, may_fetch
 from sectorfs.index.protocol import FsStat, StorageStatus
 from sectorfs.types import FileType
+from tests.index_fixtures import held, info, sector
 
 
 def status(*, age: float = 0, error: str = "", **fields: object) -> StorageStatus:

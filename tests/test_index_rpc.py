@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from index_fixtures import ADMIN, RPC_URL, STAT, directory, file, held, info, key, open_index
 
 from sectorfs.errors import BadInput, Forbidden, NotFound, Unauthorized, Unreachable
 from sectorfs.index.protocol import HealthReport, SectorIndex
 from sectorfs.index.rpc import RpcIndex, index_methods
 from sectorfs.types import Facts, FileType, SectorID, StorageID
 from sectorfs.wire.jsonrpc import Dispatcher
+from tests.index_fixtures import ADMIN, RPC_URL, STAT, directory, file, held, info, key, open_index
 
 SECTOR = {"Miner": 1000, "Number": 7}
 STORAGE = {"ID": "a", "URLs": ["http://a:8480/remote"], "Weight": 10, "CanSeal": True}

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import trio
-from index_fixtures import CUTOFF, STAT, Clock, held, info, key, open_index, sector
 
 from sectorfs.errors import (
     BadInput,
@@ -28,6 +27,7 @@ from sectorfs.errors import (
 from sectorfs.index import migrations, sqlite
 from sectorfs.index.sqlite import SqliteIndex
 from sectorfs.types import Facts, StorageID
+from tests.index_fixtures import CUTOFF, STAT, Clock, held, info, key, open_index, sector
 
 WRITER = """
 import sys, trio
