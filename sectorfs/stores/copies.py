@@ -38,7 +38,7 @@ from sectorfs.errors import (
 from sectorfs.index import content
 from sectorfs.stores.lanes import Descriptor, Lane
 from sectorfs.stores.protocol import OpenFile
-from sectorfs.types import ALL_TYPES, Facts, SectorFile, StorageID, file_types
+from sectorfs.types import ALL_TYPES, Facts, MemberFacts, SectorFile, StorageID, file_types
 
 log = logging.getLogger(__name__)
 
@@ -145,17 +145,17 @@ class Copies:
             await self.lane.finish(call, what=f"discard copy of {partial.file}")
 
     async def is_received(self, file: SectorFile, facts: Facts) -> bool:
-        """True when every file of a sector directory is received and none is in its place yet."""
+        """True when files of a sector directory were received that make it whole.
 
-        def call() -> bool:
-            folder = self._fetching(file)
-            try:
-                held = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
-            except FileNotFoundError:
-                return False
-            return all(held.get(member.name) == member.size for member in facts.members or ())
-
-        return await self.lane.run(call, what=f"look at files of {file}")
+        Those of an older content in its place that are the same count too.
+        """
+        return await self.lane.run(
+            lambda: (
+                os.path.isdir(self._fetching(file))
+                and all(self._whole_member(file, member) for member in facts.members or ())
+            ),
+            what=f"look at files of {file}",
+        )
 
     async def complete(self, file: SectorFile, facts: Facts) -> None:
         """Put a received sector directory into place, instead of an older content if any."""
@@ -166,17 +166,16 @@ class Copies:
             for name in os.listdir(folder):
                 if name not in wanted:
                     (folder / name).unlink()
+            for member in facts.members or ():
+                found = self._whole_member(file, member)
+                if found is None:
+                    raise SourceFailed(f"lacks {member.name}", file)
+                if found.parent != folder:
+                    (folder / member.name).unlink(missing_ok=True)
+                    os.link(found, folder / member.name)
             os.utime(folder, ns=(facts.mtime_ns, facts.mtime_ns))
             _sync(folder)
-            if target.exists():
-                # An older content of this copy; its declaration was dropped by the caller.
-                aside = folder.with_name(f"{folder.name}.old.tmp")
-                shutil.rmtree(aside, ignore_errors=True)
-                os.rename(target, aside)
-                os.rename(folder, target)
-                shutil.rmtree(aside, ignore_errors=True)
-            else:
-                os.rename(folder, target)
+            _replace_directory(folder, target)
             os.utime(target, ns=(facts.mtime_ns, facts.mtime_ns))
             _sync(target.parent)
             _sync(folder.parent)
@@ -202,7 +201,17 @@ class Copies:
     def _finished_paths(self, file: SectorFile, member: str | None) -> list[Path]:
         if member is None:
             return [self._final(file)]
-        return [self._final(file) / member, self._fetching(file) / member]
+        # The last once more: the directory may be put into place between the first two looks.
+        final = self._final(file) / member
+        return [final, self._fetching(file) / member, final]
+
+    def _whole_member(self, file: SectorFile, member: MemberFacts) -> Path | None:
+        """Where the present content of a file in a directory lies."""
+        for folder in (self._fetching(file), self._final(file)):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                if _matches((folder / member.name).lstat(), member.size, member.mtime_ns):
+                    return folder / member.name
+        return None
 
     def _open_matching(self, path: Path, size: int, mtime_ns: int) -> OpenFile | None:
         try:
@@ -210,11 +219,7 @@ class Copies:
         except (FileNotFoundError, NotADirectoryError):
             return None
         status = os.fstat(fd)
-        if (
-            not stat.S_ISREG(status.st_mode)
-            or status.st_size != size
-            or not content.same_mtime(status.st_mtime_ns, mtime_ns)
-        ):
+        if not _matches(status, size, mtime_ns):
             os.close(fd)
             return None
         return OpenFile(
@@ -264,6 +269,28 @@ class Copies:
                         os.unlink(entry.path)
                     removed += 1
         return removed
+
+
+def _replace_directory(folder: Path, target: Path) -> None:
+    """Rename a directory to a name under which an older content may lie.
+
+    The older content's declaration was dropped before.
+    """
+    aside = folder.with_name(f"{folder.name}.old.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    if target.exists():
+        os.rename(target, aside)
+    os.rename(folder, target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _matches(status: os.stat_result, size: int, mtime_ns: int) -> bool:
+    """A regular file with this size and time."""
+    return (
+        stat.S_ISREG(status.st_mode)
+        and status.st_size == size
+        and content.same_mtime(status.st_mtime_ns, mtime_ns)
+    )
 
 
 @contextmanager

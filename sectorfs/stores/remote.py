@@ -5,7 +5,7 @@ only peers hold is fetched into the cache path: one *flight* per file, whoever a
 flight lives in the node's nursery, ends early when nobody waits for it any more, and tries source
 after source on any failure. A sector directory is fetched file by file as its files are opened, so
 that a 64-byte ``p_aux`` never waits for the layers beside it; it becomes a declared copy when all
-files are here.
+files are here (`announcer`).
 
 Bounds: `parallel` fetches at a time from one storage, twice that from one peer and four times that
 on the node, so that a disk of a peer, or a whole peer, that hangs leaves room for the others; files
@@ -32,8 +32,9 @@ from sectorfs.errors import (
     Unreachable,
 )
 from sectorfs.index.catalog import Catalog, Entry
-from sectorfs.index.protocol import Declaration, SectorIndex
+from sectorfs.index.protocol import SectorIndex
 from sectorfs.stores import sources
+from sectorfs.stores.announcer import Announcer
 from sectorfs.stores.copies import Copies
 from sectorfs.stores.local import LocalStore
 from sectorfs.stores.protocol import OpenFile, State
@@ -74,6 +75,8 @@ class _Flight:
         self.finished = trio.Event()
         self.causes: list[SectorFSError] | None = None
         """None unless every source failed."""
+        self.facts: Facts | None = None
+        """Those of the sector file whose bytes have come."""
 
 
 class RemoteStore:
@@ -95,7 +98,6 @@ class RemoteStore:
     ) -> None:
         self._nursery = nursery
         self._catalog = catalog
-        self._index = index
         self._local = local
         self._peers = peers
         self._copies = copies
@@ -107,7 +109,9 @@ class RemoteStore:
         self._places: dict[tuple[str, bool], trio.CapacityLimiter] = {}
         self._failed_at: dict[str, float] = {}
         self._silent_at: dict[sources.PeerSource, float] = {}
-        self._completing: dict[SectorFile, trio.Lock] = {}
+        self._announcer = Announcer(
+            nursery, index, copies, busy=self._is_arriving, current=self._facts
+        )
 
     # --- what the mount asks ---
 
@@ -141,7 +145,7 @@ class RemoteStore:
                 return "shared" if source.shared else "local"
         if here:
             return "cached"
-        if any(key[0] == file for key in self._flights):
+        if self._is_arriving(file):
             return "partial"
         healthy = any(self._healthy(source.storage) for source in elsewhere)
         return "remote" if healthy else "unavailable"
@@ -149,6 +153,13 @@ class RemoteStore:
     def fetches(self) -> list[Fetch]:
         """Flights under way."""
         return [flight.fetch for flight in self._flights.values()]
+
+    def _is_arriving(self, file: SectorFile) -> bool:
+        return any(key[0] == file for key in self._flights)
+
+    def _facts(self, file: SectorFile) -> Facts | None:
+        entry = self._catalog.entry(file)
+        return entry.facts if entry else None
 
     # --- ranking ---
 
@@ -233,6 +244,8 @@ class RemoteStore:
         finally:
             del self._flights[key]
             flight.finished.set()
+        if flight.facts is not None:
+            self._announcer.add(flight.fetch.file, flight.facts)
         metrics.FETCHES.labels("failed" if flight.causes else "done").inc()
 
     async def _try_sources(self, flight: _Flight) -> list[SectorFSError] | None:
@@ -271,10 +284,7 @@ class RemoteStore:
         await self._receive_in_turn(source, flight, wanted)
         self._failed_at.pop(source.url, None)
         self._silent_at.pop(source, None)
-        if member is None:
-            await self._declare(file, facts)
-        else:
-            await self._complete(file, facts)
+        flight.facts = facts
 
     async def _receive_in_turn(
         self, source: sources.PeerSource, flight: _Flight, wanted: MemberFacts
@@ -323,35 +333,6 @@ class RemoteStore:
         if limiter is None:
             limiter = self._places[key] = trio.CapacityLimiter(self._parallel * factor)
         return limiter
-
-    async def _complete(self, file: SectorFile, facts: Facts) -> None:
-        """Turn a directory whose last file has come into a declared copy."""
-        lock = self._completing.setdefault(file, trio.Lock())
-        try:
-            async with lock:
-                if await self._copies.is_received(file, facts):
-                    if await self._copies.exists(file):
-                        await self._drop(file)
-                    await self._copies.complete(file, facts)
-                    await self._declare(file, facts)
-        except SectorFSError as exc:
-            # The file asked for is here all the same; the directory is completed another time.
-            log.warning("%s: copy not complete yet: %s", file, exc)
-        finally:
-            if not lock.statistics().tasks_waiting and not lock.locked():
-                self._completing.pop(file, None)
-
-    async def _drop(self, file: SectorFile) -> None:
-        """The copy is about to be replaced: nobody may be sent to it meanwhile."""
-        declaration = Declaration(file, self._copies.storage, False)
-        await self._index.drop([declaration.key])
-
-    async def _declare(self, file: SectorFile, facts: Facts) -> None:
-        """Tell the Index of a whole copy; while it is away, the path's next scan does."""
-        try:
-            await self._index.declare([Declaration(file, self._copies.storage, False, facts)])
-        except SectorFSError as exc:
-            log.warning("%s: copy not declared yet: %s", file, exc)
 
     def _no_source(
         self, file: SectorFile, member: str | None, causes: list[SectorFSError]
