@@ -290,6 +290,8 @@ class FalsePeer:
         """Behaviours that stop half way wait for it; set at the end."""
         self.requests: list[str] = []
         """Paths asked for."""
+        self.heads: list[str] = []
+        """Requests without their bodies."""
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/remote"
         """Base URL, as the Index lists it."""
@@ -319,6 +321,7 @@ class FalsePeer:
                 head += piece
             path = head.split(b" ", 2)[1].decode()
             self.requests.append(path)
+            self.heads.append(head.decode())
             self._behaviour(connection, path)
 
     def close(self) -> None:
@@ -347,12 +350,13 @@ def false_peer(behaviour: Callable[[FalsePeer], Behaviour]) -> Iterator[FalsePee
         peer.close()
 
 
-def octets(length: int, status: str = "200 OK") -> bytes:
+def octets(length: int, status: str = "200 OK", headers: bytes = b"") -> bytes:
     """The head of an answer with a body of so many bytes."""
     return (
-        f"HTTP/1.1 {status}\r\ncontent-type: application/octet-stream\r\n"
-        f"content-length: {length}\r\n\r\n"
-    ).encode()
+        f"HTTP/1.1 {status}\r\ncontent-type: application/octet-stream\r\n".encode()
+        + headers
+        + f"content-length: {length}\r\nconnection: close\r\n\r\n".encode()
+    )
 
 
 # --- declarations by hand ---

@@ -135,7 +135,7 @@ def test_both_mounts_show_the_same_bytes(pair: Pair) -> None:
     expected = {name: digest(path) for name, path in pair.sources.items()}
     for node in pair.nodes:
         assert tree(node.mountpoint) == expected
-        assert not leftovers(node)
+        seen("every directory to be put into place", lambda node=node: not leftovers(node))
 
 
 def _run(*command: str) -> str:
@@ -366,6 +366,83 @@ def test_a_replaced_file_is_seen_while_an_open_one_stays(
             assert stream.read() == old
     copies = locations(first, str(Path(name).parent) if member else name)
     assert [copy.primary for copy in copies.values()].count(True) == 1
+
+
+def test_a_copy_outlives_its_source_until_there_is_a_new_one(live: Live) -> None:
+    first, second, disk = live
+    name = "sealed/s-t01000-60"
+    write(disk / name, b"old content")
+    seen("the file", lambda: shows(second.mountpoint / name, b"old content"))
+    seen("the copy", lambda: cache_of(second) in locations(first, name))
+    (disk / name).unlink()
+    seen("the drop", lambda: list(locations(first, name)) == [cache_of(second)])
+    for node in (first, second):
+        assert (node.mountpoint / name).read_bytes() == b"old content"
+    write(disk / name, b"new content")
+    for node in (first, second):
+        seen("the new content", lambda node=node: shows(node.mountpoint / name, b"new content"))
+        holds("it stays", lambda node=node: shows(node.mountpoint / name, b"new content"), 0.3)
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut", "changed"])
+@pytest.mark.parametrize("member", [None, "p_aux"])
+def test_a_copy_that_was_tampered_with_is_fetched_again(
+    live: Live, damage: str, member: str | None
+) -> None:
+    _, second, disk = live
+    sector = f"s-t01000-61{len(damage)}"
+    name = f"cache/{sector}/{member}" if member else f"sealed/{sector}"
+    data = noise(name, 50_000)
+    write(disk / name, data)
+    seen("the file", lambda: shows(second.mountpoint / name, data))
+    seen("the copy", lambda: state(second.mountpoint / name) == "cached")
+    copy = second.repo.root / "cache" / name
+    match damage:
+        case "removed":
+            copy.unlink()
+        case "cut":
+            os.truncate(copy, 20_000)
+        case "changed":
+            copy.write_bytes(bytes(50_000))
+    assert (second.mountpoint / name).read_bytes() == data
+    seen("a whole copy", lambda: shows(copy, data) and state(second.mountpoint / name) == "cached")
+    assert (disk / name).read_bytes() == data
+
+
+def test_a_directory_that_grows_is_shown_and_copied_whole(live: Live) -> None:
+    first, second, disk = live
+    name = "cache/s-t01000-62"
+    write_cache(disk / name, {"p_aux": b"first"})
+    seen("the first file", lambda: shows(second.mountpoint / name / "p_aux", b"first"))
+    seen("the copy", lambda: cache_of(second) in locations(first, name))
+    write(disk / name / "t_aux", b"second")
+    shown = second.mountpoint / name
+    seen("the second file", lambda: shows(shown / "t_aux", b"second"))
+    assert sorted(os.listdir(shown)) == ["p_aux", "t_aux"]
+    assert (shown / "p_aux").read_bytes() == b"first"
+    copy = second.repo.root / "cache" / name
+    seen("the whole copy", lambda: copy.is_dir() and len(os.listdir(copy)) == 2)
+    seen("its declaration", lambda: state(shown) == "cached")
+    (disk / name / "p_aux").unlink()
+    seen("the first file's end", lambda: os.listdir(shown) == ["t_aux"])
+    assert (shown / "t_aux").read_bytes() == b"second"
+
+
+def test_a_directory_changed_while_half_of_it_was_read_is_not_mixed(live: Live) -> None:
+    _, second, disk = live
+    name = "cache/s-t01000-63"
+    write_cache(disk / name, {"p_aux": b"old aux", "t_aux": b"t", "sc-02-data-tree-d.dat": b"d"})
+    shown = second.mountpoint / name
+    seen("a file of it", lambda: shows(shown / "p_aux", b"old aux"))
+    write(disk / name / "p_aux", b"new aux")
+    wanted = (disk / name / "p_aux").stat().st_mtime_ns
+    seen("the change", lambda: (shown / "p_aux").stat().st_mtime_ns == wanted)
+    assert (shown / "t_aux").read_bytes() == b"t"
+    assert (shown / "sc-02-data-tree-d.dat").read_bytes() == b"d"
+    assert state(shown) in ("remote", "partial")
+    assert (shown / "p_aux").read_bytes() == b"new aux"
+    seen("the whole copy", lambda: state(shown) == "cached")
+    assert (second.repo.root / "cache" / name / "p_aux").read_bytes() == b"new aux"
 
 
 def test_twenty_opens_of_one_file_fetch_it_once(live: Live) -> None:

@@ -167,6 +167,25 @@ def _reads(path: Path, data: bytes) -> bool:
     return not _failed(content) and content == data
 
 
+def test_the_reader_is_killed_during_a_fetch(three: Trio) -> None:
+    reading = Background(three.shown(three.big).read_bytes)
+    until("the fetch to be under way", three.fetching)
+    three.reader.kill()
+    outcome, _ = reading.result()
+    assert isinstance(outcome, OSError)
+    assert leftovers(three.reader)
+    three.reader.start(mount=True, index=three.index)
+    assert leftovers(three.reader) == []
+    assert "removed 1 unfinished fetches" in three.reader.log()
+    seen("the tree", lambda: three.shown(three.big).exists())
+    assert list(locations(three.index, three.big)) == [
+        storage
+        for storage, item in storages(three.index).items()
+        if item.files.get("unsealed") and item.urls == [f"{three.owner.repo.api()}/remote"]
+    ]
+    assert digest(three.shown(three.big)) == digest(three.owner_disk / three.big)
+
+
 def test_many_readers_of_a_hung_owner_fail_together_and_hold_up_nobody(three: Trio) -> None:
     three.owner.process.send_signal(signal.SIGSTOP)  # type: ignore[union-attr]  # it was started
     readers = [
@@ -310,6 +329,38 @@ def test_a_bad_only_source_is_an_error_and_the_file_reads_once_there_is_a_good_o
         rescan(owner)
         seen("the good source", lambda: _reads(reader.mountpoint / name, data))
     assert "the body ended after 30000 of 100000 bytes" in reader.log()
+
+
+def test_a_node_that_tells_no_sizes_is_asked_for_them(twins: tuple[Node, Node, Path]) -> None:
+    """Nodes of other programs declare without facts and know GET and Range only."""
+    owner, reader, _ = twins
+    name, data = "sealed/s-t01000-201", noise("lotus", 70_000)
+
+    def as_others(peer: FalsePeer) -> Behaviour:
+        def answer(connection: socket.socket, path: str) -> None:
+            head = peer.heads[-1].lower()
+            date = b"last-modified: Tue, 14 Nov 2023 22:13:20 GMT\r\n"
+            if not head.startswith("get"):
+                connection.sendall(octets(0, "405 Method Not Allowed"))
+            elif "range: bytes=0-0" in head:
+                extent = f"content-range: bytes 0-0/{len(data)}\r\n".encode()
+                connection.sendall(octets(1, "206 Partial Content", date + extent) + data[:1])
+            else:
+                connection.sendall(octets(len(data), "200 OK", date) + data)
+
+        return answer
+
+    with false_peer(as_others) as peer:
+        declare_at(owner, "false-201", peer.url, {name: None})
+        shown = reader.mountpoint / name
+        seen("the name", lambda: "s-t01000-201" in os.listdir(shown.parent))
+        assert shown.read_bytes() == data
+        assert shown.stat().st_size == len(data)
+        assert shown.stat().st_mtime == 1_700_000_000
+        seen("the copy", lambda: state(shown) == "cached")
+        requests = len(peer.requests)
+        assert shown.read_bytes() == data
+        assert len(peer.requests) == requests
 
 
 # --- the cache path ---
@@ -485,6 +536,23 @@ def test_the_index_is_away_for_a_while(three: Trio) -> None:
         lambda: cache_of(reader) in locations(index, "unsealed/s-t01000-23"),
     )
     assert status(reader).index.connected
+
+
+def test_the_index_hangs(three: Trio) -> None:
+    three.index.process.send_signal(signal.SIGSTOP)  # type: ignore[union-attr]  # it was started
+    assert len(os.listdir(three.shown("unsealed"))) == 40
+    for number in range(20, 30):
+        data, took = timed(three.shown(f"unsealed/s-t01000-{number}").read_bytes)
+        assert data == noise(str(number), 20_000)
+        assert took < 0.5
+    three.index.process.send_signal(signal.SIGCONT)  # type: ignore[union-attr]  # it was started
+    seen(
+        "the copies",
+        lambda: all(
+            cache_of(three.reader) in locations(three.index, f"unsealed/s-t01000-{number}")
+            for number in range(20, 30)
+        ),
+    )
 
 
 def test_the_index_comes_back_empty(three: Trio) -> None:
