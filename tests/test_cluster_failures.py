@@ -127,6 +127,7 @@ def test_the_owner_is_lost_during_a_fetch(three: Trio, how: signal.Signals) -> N
     reading = Background(three.shown(three.big).read_bytes)
     until("the fetch to be under way", three.fetching)
     assert not reading.done
+    assert state(three.shown(three.big)) == "partial"
     owner.process.send_signal(how)  # type: ignore[union-attr]  # it was started
     lost = Background(lambda: until("the read to fail", lambda: reading.done, 20))
     # Others go on meanwhile.
@@ -544,7 +545,7 @@ def test_the_index_hangs(three: Trio) -> None:
     for number in range(20, 30):
         data, took = timed(three.shown(f"unsealed/s-t01000-{number}").read_bytes)
         assert data == noise(str(number), 20_000)
-        assert took < 0.5
+        assert took < 0.9  # asking the Index would cost its time-out
     three.index.process.send_signal(signal.SIGCONT)  # type: ignore[union-attr]  # it was started
     seen(
         "the copies",
