@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -278,3 +279,21 @@ async def test_a_failed_close_is_told_and_the_next_goes_on(
         where.descriptor(fd).close()
     await until(lambda: not any(is_open(fd) for fd in fds))
     await until(lambda: "close" in caplog.text)
+
+
+async def test_a_write_is_finished_and_timed(gate: threading.Event) -> None:
+    where = lane(deadline=0.05)
+    assert where.longest_write() == 0
+    done: list[str] = []
+
+    def write() -> None:
+        gate.wait()
+        done.append("written")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(where.finish, write, what="write"))
+        await until(lambda: where.longest_write() > 0.1)  # past the deadline it goes on
+        assert not done
+        gate.set()
+    assert done == ["written"]
+    assert where.longest_write() == 0

@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+PATIENT_WRITES = 8
+"""Disk deadlines that one write may take: syncing a large copy is slow on a busy disk."""
 ROOM_LEFT = 64 << 20
 """Bytes that a fetch leaves free, so that the file system never fills entirely."""
 
@@ -103,6 +105,14 @@ class Copies:
                 lambda: self._begin(file, member, size),
                 what=f"begin copy of {file}",
                 discard=lambda partial: partial.descriptor.close(),
+            )
+
+    def refuse_hung_disk(self) -> None:
+        """`StorageUnavailable` while a write takes so long that its disk must hang."""
+        hung = self.lane.longest_write()
+        if hung > PATIENT_WRITES * self.lane.deadline:
+            raise StorageUnavailable(
+                f"a write takes {hung:.0f} s already", self.root, "check the cache path's disk"
             )
 
     async def write(self, call: Callable[[], T], *, what: str) -> T:

@@ -42,6 +42,7 @@ class Lane:
         """Path or URL named in errors."""
         self.deadline = deadline
         self._limiter = trio.CapacityLimiter(width)
+        self._writes: dict[object, float] = {}  # when each call of `finish` under way began
         self._closer = _Closer(thing)
 
     @property
@@ -75,10 +76,19 @@ class Lane:
 
     async def finish(self, call: Callable[[], T], *, what: str) -> T:
         """Run `call` in a thread to its end, whatever happens: for writes that must not be torn."""
+        write = object()
+        self._writes[write] = trio.current_time()
         try:
             return await trio.to_thread.run_sync(call, limiter=self._limiter)
         except OSError as exc:
             raise from_os(exc, what, self.thing) from exc
+        finally:
+            del self._writes[write]
+
+    def longest_write(self) -> float:
+        """Seconds that the oldest call of `finish` under way takes already; 0 without any."""
+        now = trio.current_time()
+        return now - min(self._writes.values(), default=now)
 
     def descriptor(self, fd: int) -> Descriptor:
         """A descriptor of a file on this storage, closed in a thread of the storage."""

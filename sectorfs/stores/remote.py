@@ -221,16 +221,27 @@ class RemoteStore:
                 flight = self._flights[key] = _Flight(file, member)
                 self._nursery.start_soon(self._run, flight)
             elif flight.scope.cancel_called:
-                await flight.finished.wait()  # its last waiter left; let it clean up first
+                await self._landing(flight)  # its last waiter left; let it clean up first
                 continue
             flight.waiters += 1
             try:
-                await flight.finished.wait()
+                await self._landing(flight)
             finally:
                 flight.waiters -= 1
                 if flight.waiters == 0:
                     flight.scope.cancel()
             return flight.causes
+
+    async def _landing(self, flight: _Flight) -> None:
+        """Wait for the end of a flight, but not for ever for a cache path whose disk hangs.
+
+        A write is never given up, since it must not be torn: its readers are.
+        """
+        while not flight.finished.is_set():
+            with trio.move_on_after(self._copies.lane.deadline):
+                await flight.finished.wait()
+                return
+            self._copies.refuse_hung_disk()
 
     async def _run(self, flight: _Flight) -> None:
         """The flight's task: a boundary, so nothing but cancellation of the node leaves it."""
