@@ -141,12 +141,25 @@ def _checked(data: Any, origin: object) -> Config:
     parse_listen(config.node.listen, origin)
     if config.node.advertise:
         parse_url(config.node.advertise, "node.advertise", origin)
+    for key, path in _paths(config):
+        if "\0" in path:
+            raise BadConfig(f"{key} {path!r} is not a path", origin)
+    if not config.cache.path:
+        raise BadConfig("cache.path is empty", origin, "name a directory, or leave the key out")
     for name in config.mount.types:
         try:
             parse_file_type(name)
         except ValueError as exc:
             raise BadConfig(f"mount.types: {exc}", origin) from exc
     return config
+
+
+def _paths(config: Config) -> tuple[tuple[str, str], ...]:
+    return (
+        ("index.token_file", config.index.token_file),
+        ("peers.token_file", config.peers.token_file),
+        ("cache.path", config.cache.path),
+    )
 
 
 def _reject_unknown(data: Any, origin: object) -> None:

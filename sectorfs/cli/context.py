@@ -13,6 +13,7 @@ import click
 import msgspec
 import trio
 
+from sectorfs.errors import BadInput, SectorFSError
 from sectorfs.node import access
 from sectorfs.node.admin import Admin
 from sectorfs.node.repo import Repo
@@ -20,6 +21,7 @@ from sectorfs.node.repo import Repo
 T = TypeVar("T")
 
 DEFAULT_REPO = "~/.sectorfs"
+_REPO_HINT = "set SECTORFS_PATH, or give --repo"
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,7 +56,7 @@ def common(function: Callable[..., T]) -> Callable[..., T]:
         elif outer is not None:
             chosen = outer.repo
         else:
-            chosen = Repo(Path(os.environ.get("SECTORFS_PATH") or DEFAULT_REPO))
+            chosen = Repo(_default_repo())
         settings = Settings(repo=chosen, as_json=as_json or (outer is not None and outer.as_json))
         context.obj = settings
         return function(settings, **values)
@@ -72,6 +74,30 @@ def common(function: Callable[..., T]) -> Callable[..., T]:
     return verb
 
 
+def _default_repo() -> Path:
+    path = Path(os.environ.get("SECTORFS_PATH") or DEFAULT_REPO)
+    try:
+        os.fspath(path).encode()
+        return path.expanduser()
+    except (UnicodeEncodeError, RuntimeError) as exc:  # the latter: no home directory is known
+        raise BadInput(f"not the name of a directory: {exc}", "SECTORFS_PATH", _REPO_HINT) from exc
+
+
+def run_async(function: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+    """Run an async function; of the errors it leaves with, the first deliberate one is raised."""
+    try:
+        return trio.run(function, *arguments)
+    except BaseExceptionGroup as group:
+        raise _single(group) from group
+
+
+def _single(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    leaf: BaseException = group.subgroup(SectorFSError) or group
+    while isinstance(leaf, BaseExceptionGroup):
+        leaf = leaf.exceptions[0]
+    return leaf
+
+
 def with_admin(settings: Settings, work: Callable[[Admin], Awaitable[T]]) -> T:
     """Do `work` on the running node, or on the repo directory when none runs."""
 
@@ -80,4 +106,4 @@ def with_admin(settings: Settings, work: Callable[[Admin], Awaitable[T]]) -> T:
             return await work(admin)
 
     logging.basicConfig(level=logging.WARNING, format="sectorfs: %(message)s")
-    return trio.run(run)
+    return run_async(run)

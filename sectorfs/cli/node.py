@@ -16,9 +16,9 @@ from rich.text import Text
 from sectorfs.cli import demo as demo_module
 from sectorfs.cli import output
 from sectorfs.cli.background import in_background
-from sectorfs.cli.context import Location, Settings, common
+from sectorfs.cli.context import Location, Settings, common, run_async
 from sectorfs.config import Config
-from sectorfs.errors import BadInput, SectorFSError
+from sectorfs.errors import BadInput, Unreachable
 from sectorfs.node import access, unmount
 from sectorfs.node.node import run_node
 
@@ -122,14 +122,16 @@ def status(settings: Settings, watch: bool) -> int:
     Example: sectorfs status --json
     """
     if watch and sys.stdout.isatty() and not settings.as_json:
-        trio.run(_watch, settings)
-    report = trio.run(access.status, settings.repo)
+        run_async(_watch, settings)
+    report = run_async(access.status, settings.repo)
     if report is None:
-        if settings.as_json:
-            output.print_json({"running": False})
-        else:
-            click.echo(f"no node runs on {settings.repo.root}", err=True)
-        return 5
+        error = Unreachable(
+            "no node runs", settings.repo.root, "start it with `sectorfs mount` or `serve`"
+        )
+        if not settings.as_json:
+            raise error
+        output.print_json({"running": False})
+        return error.exit_code
     if settings.as_json:
         output.print_json(report)
     else:
@@ -203,16 +205,4 @@ def _run(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
-    try:
-        trio.run(run_node, settings.repo, config, mountpoint, ready)
-    except BaseExceptionGroup as group:
-        raise _single(group) from group
-
-
-def _single(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error to show for a node that failed: the first deliberate one."""
-    deliberate = group.subgroup(SectorFSError)
-    leaf: BaseException = deliberate or group
-    while isinstance(leaf, BaseExceptionGroup):
-        leaf = leaf.exceptions[0]
-    return leaf
+    run_async(run_node, settings.repo, config, mountpoint, ready)

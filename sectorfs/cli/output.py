@@ -32,15 +32,8 @@ def print_error(error: SectorFSError, *, as_json: bool) -> None:
         value = {"error": error.what, "thing": error.thing, "hint": error.hint}
         click.echo(msgspec.json.encode(value).decode(), err=True)
     else:
-        click.echo(f"sectorfs: {' '.join(str(error).split())}", err=True)
-
-
-def print_usage_error(error: click.ClickException) -> None:
-    """A wrong command line as the same JSON object."""
-    context = getattr(error, "ctx", None)
-    thing = context.command_path if context else "sectorfs"
-    value = {"error": error.format_message(), "thing": thing, "hint": f"see `{thing} --help`"}
-    click.echo(msgspec.json.encode(value).decode(), err=True)
+        text = " ".join(str(error).split())
+        click.echo(text if text.startswith("sectorfs") else f"sectorfs: {text}", err=True)
 
 
 def console() -> Console:
@@ -126,7 +119,8 @@ def sector_table(sector: reports.SectorReport) -> Table:
 def print_status(out: Console, status: reports.StatusReport) -> None:
     """`status` for people."""
     mount = f"{status.mount.path} ({status.mount.mode})" if status.mount else "none"
-    index = "connected" if status.index.connected else f"away for {status.index.age:.0f} s"
+    away = "never seen" if status.index.age is None else f"away for {status.index.age:.0f} s"
+    index = "connected" if status.index.connected else away
     rows = (
         ("node", f"{status.version}, process {status.pid}, repo {status.repo}"),
         ("api", status.api),
