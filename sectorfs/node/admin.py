@@ -7,6 +7,7 @@ node.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +16,19 @@ from typing import Protocol
 import msgspec
 
 from sectorfs.config import Config
-from sectorfs.errors import NotFound
+from sectorfs.errors import NotFound, Refused, TimedOut, Unreachable
 from sectorfs.index.catalog import Catalog
 from sectorfs.index.protocol import FsStat, SectorIndex, StorageStatus
 from sectorfs.node import reports
+from sectorfs.node.forget import DetachReport, detach_report, forget, last_copies
 from sectorfs.node.repo import Repo
+from sectorfs.node.settings import SettingsReport, not_here, settings_report
 from sectorfs.stores import metadata, storage_list
 from sectorfs.stores.keeper import ScanCounts
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.local import LocalStore
+from sectorfs.stores.path_changes import PathChanges
+from sectorfs.stores.transfer import PeerClient
 from sectorfs.types import SectorFile, SectorID, StorageID
 
 
@@ -48,8 +53,11 @@ class Admin(Protocol):
     async def attach(self, path: str, settings: PathSettings | None) -> StorageID:
         """Attach a directory and remember it; with settings, initialise it first."""
 
-    async def detach(self, target: str) -> None:
-        """Detach a path or storage of this node."""
+    async def detach(self, target: str, *, force: bool) -> DetachReport:
+        """Detach a path or storage of this node, or a storage whose node is dead."""
+
+    async def configure(self, target: str, changes: PathChanges) -> SettingsReport:
+        """Change the settings of a path or storage of this node."""
 
     async def redeclare(self, target: str | None, *, drop_missing: bool) -> ScanCounts:
         """Scan one path (or all of them) again."""
@@ -74,6 +82,7 @@ class LocalAdmin:
         index: SectorIndex,
         catalog: Catalog,
         local: LocalStore,
+        peers: PeerClient,
         config: Config,
         caught_up: Callable[[], Awaitable[None]],
         state: Callable[[SectorFile], str] | None,
@@ -82,6 +91,7 @@ class LocalAdmin:
         self._index = index
         self._catalog = catalog
         self._local = local
+        self._peers = peers
         self._config = config
         self._caught_up = caught_up
         self._state = state
@@ -89,24 +99,108 @@ class LocalAdmin:
 
     async def attach(self, path: str, settings: PathSettings | None) -> StorageID:
         """See `Admin.attach`. A path whose attachment fails is not remembered."""
+        lane = Lane(path, deadline=self._config.timeouts.disk)
+        await self._check_place(path, lane, init=settings is not None)
         if settings is not None:
-            lane = Lane(path, deadline=self._config.timeouts.disk)
             values = msgspec.structs.asdict(settings)
             await lane.run(lambda: metadata.init_path(path, **values), what="initialise")
         with self._scanning(path) as progress:
             info = await self._local.attach(path, progress=progress)
         known = storage_list.read_storage_list(str(self._repo.storage_json))
-        storage_list.write_storage_list(known.adding(path))
+        # Under the name it has already, when it was attached through another one.
+        where = self._local.path_of(info.storage) or path
+        storage_list.write_storage_list(known.adding(where))
         await self._caught_up()
         return info.storage
 
-    async def detach(self, target: str) -> None:
-        """See `Admin.detach`. The Index forgets first: a crash in between leaves it attached."""
+    async def _check_place(self, path: str, lane: Lane, *, init: bool) -> None:
+        """`Refused` for what cannot be a storage path, before anything is written below it."""
+        cache = str(self._repo.cache_path(self._config))
+        real, real_cache = await lane.run(
+            lambda: (os.path.realpath(path), os.path.realpath(cache)), what="attach"
+        )
+        if real == real_cache:
+            raise Refused("is the cache path of this node", path, "it is attached by itself")
+        if not init:
+            return  # what it says itself is looked at first
+        listed = storage_list.read_storage_list(str(self._repo.storage_json)).paths
+        others = {name: name for name in listed} | {cache: real_cache}
+        others |= {local.path: local.real for local in self._local.paths()}
+        for name, other in others.items():
+            if real == other or path == name:
+                # Even if it looks bare: then its disk is away, and this is only its mount point.
+                raise Refused(
+                    "is a storage path of this node already", path, "attach it without --init"
+                )
+            if os.path.commonpath((real, other)) in (real, other):
+                raise Refused(f"overlaps the storage path {name}", path)
+
+    async def detach(self, target: str, *, force: bool) -> DetachReport:
+        """See `Admin.detach`; only a storage of another node is ever refused without `force`."""
+        storage = self._storage_here(target)
+        if storage is None and not target.startswith("/"):
+            await self._check_current()
+            report = await forget(
+                StorageID(target),
+                force=force,
+                index=self._index,
+                catalog=self._catalog,
+                peers=self._peers,
+                cutoff=self._config.index.cutoff,
+            )
+            await self._caught_up()
+            return report
+        files = self._catalog.files_of(storage) if storage else []
+        lost = last_copies(self._catalog, storage) if storage else []
+        await self.detach_here(target)
+        if storage and self._catalog.storage(storage) is not None:
+            files, lost = [], []  # others reach it
+        return detach_report(target, self._local.urls, dropped=len(files), lost=lost)
+
+    def _storage_here(self, target: str) -> StorageID | None:
+        for path in self._local.paths():
+            if target in (path.path, path.real, path.storage):
+                return path.storage
+        return None
+
+    async def _check_current(self) -> None:
+        """`TimedOut` unless the catalog has all that the Index has now."""
+        page = await self._index.snapshot(limit=1)
+        await self._caught_up()
+        if (self._catalog.epoch, self._catalog.seq) < (page.epoch, page.seq):
+            raise TimedOut("this node is behind the Index", self._repo.root, "try again")
+
+    async def configure(self, target: str, changes: PathChanges) -> SettingsReport:
+        """See `Admin.configure`. Files that became primary are declared again at once."""
+        storage = self._storage_here(target)
+        if storage is None:
+            raise await not_here(target, self._local, self._index)
+        path = self._local.path_of(storage) or target
+        if path == str(self._repo.cache_path(self._config)):
+            raise Refused("is the cache path of this node", target, "it holds copies only")
+        try:
+            before, after = await self._local.configure(storage, changes)
+        except Unreachable as exc:
+            raise Unreachable(
+                f"is changed on disk, but the Index does not know yet: {exc}",
+                path,
+                "a running node tells it once it answers",
+            ) from exc
+        declared = 0
+        if after.can_store and not before.can_store:
+            declared = (await self.redeclare(storage, drop_missing=False)).declared
+        await self._caught_up()
+        return settings_report(path, before, after, declared=declared)
+
+    async def detach_here(self, target: str) -> None:
+        """Detach a path. The Index forgets first: a crash in between leaves it attached."""
         known = storage_list.read_storage_list(str(self._repo.storage_json))
         path = target
         for attached in self._local.paths():
             if target in (attached.path, attached.real, attached.storage):
                 path = attached.path
+        if path == str(self._repo.cache_path(self._config)):
+            raise Refused("is the cache path of this node", target, "see cache.path in config.toml")
         await self._local.detach(target)
         await self._caught_up()
         if path in known.paths:
@@ -132,7 +226,7 @@ class LocalAdmin:
         try:
             yield progress
         finally:
-            del self._scans[what]
+            self._scans.pop(what, None)  # two may scan the same
 
     async def scans(self) -> list[reports.ScanReport]:
         """See `Admin.scans`."""

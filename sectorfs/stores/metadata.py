@@ -222,6 +222,9 @@ def _create(path: str, info: StorageInfo) -> StorageInfo:
     target = os.path.join(path, METADATA_NAME)
     try:
         os.makedirs(path, mode=0o755, exist_ok=True)
+    except OSError as exc:
+        raise from_os(exc, "cannot be made", path) from exc
+    try:
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
         write_atomically(target, encode_metadata(Metadata(info=info)), replace=False)
