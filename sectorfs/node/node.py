@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -109,7 +110,7 @@ class Node:
                 url=self.config.index.url,
                 connected=self.feed.connected,
                 seq=self.catalog.seq,
-                age=self.feed.age,
+                age=self.feed.age if math.isfinite(self.feed.age) else None,
             ),
             storages=storages,
             files=reports.FilesReport(open=files, passthrough=0, daemon=files, stream=0),
@@ -210,7 +211,9 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
     repo.create()
     async with AsyncExitStack() as stack:
         stack.enter_context(repo.lock())
+        known = storage_list.read_storage_list(str(repo.storage_json))
         if mountpoint is not None:
+            _check_place(mountpoint, repo, config, known.paths)
             mounts.clear_dead_mount(
                 mountpoint,
                 lambda mount: mount.source != unmount.source_of(repo) and unmount.is_served(mount),
@@ -248,13 +251,14 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             holders=lambda file: _holders(catalog, file),
             declared=lambda file, storage: _declared(catalog, file, storage),
         )
+        peers = PeerClient(client)
         copies = await _open_copies(repo, config)
         store = RemoteStore(
             nursery=nursery,
             catalog=catalog,
             index=index,
             local=local,
-            peers=PeerClient(client),
+            peers=peers,
             copies=copies,
             parallel=config.peers.parallel,
             cutoff=config.index.cutoff,
@@ -265,6 +269,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             index=index,
             catalog=catalog,
             local=local,
+            peers=peers,
             config=config,
             caught_up=lambda: _caught_up(index, feed),
             state=store.state,
@@ -301,12 +306,28 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
         await nursery.start(local.run)
         old = [url for url in repo.advertised() if url != own_url]
         repo.write_advertised([*old, own_url])
-        known = storage_list.read_storage_list(str(repo.storage_json))
         attached = await _attach(nursery, local, (str(copies.root), *known.paths))
         nursery.start_soon(_forget_old_urls, attached, node, index, old, own_url)
         if mountpoint is not None:
             await _mount(stack, node, mountpoint)
         yield node
+
+
+def _check_place(
+    mountpoint: Path, repo: Repo, config: Config, storage_paths: Sequence[str]
+) -> None:
+    """`Refused` for a mount that would hide what its own node reads: each would wait for the other.
+
+    By name alone, for a disk may hang.
+    """
+    target = Path(mounts.canonical(mountpoint))
+    paths = [repo.cache_path(config), *(Path(path) for path in storage_paths)]
+    for path in (repo.root, Path(os.path.realpath(repo.root)), *paths):
+        if path.is_relative_to(target):
+            raise Refused(f"would hide {path} from its own node", mountpoint, "choose another")
+    for path in paths:
+        if target.is_relative_to(path):
+            raise Refused(f"lies inside {path}", mountpoint, "choose a directory of its own")
 
 
 async def _mount(stack: AsyncExitStack, node: Node, mountpoint: Path) -> None:
@@ -342,8 +363,8 @@ async def _listen(config: Config) -> tuple[list[trio.SocketListener], str, str]:
         )
     try:
         listeners = await _bind(host, port)
-    except OSError as exc:
-        reason = exc.strerror or str(exc)
+    except (OSError, UnicodeError) as exc:  # the latter for names that can be no host's
+        reason = getattr(exc, "strerror", None) or str(exc)
         raise Refused(
             f"cannot listen: {reason}", config.node.listen, "choose another --listen host:port"
         ) from exc

@@ -86,8 +86,8 @@ class IndexReport(msgspec.Struct, kw_only=True):
     url: str
     connected: bool
     seq: int
-    age: float
-    """Seconds since the Index last answered."""
+    age: float | None
+    """Seconds since the Index last answered; None before the first time."""
 
 
 class FilesReport(msgspec.Struct, kw_only=True):
