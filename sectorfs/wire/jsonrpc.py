@@ -222,8 +222,14 @@ def _only(answer: _Result | _Failure) -> tuple[int, bytes]:
 
 def error_object(exc: SectorFSError) -> ErrorObject:
     """A deliberate error as it travels."""
-    data = ErrorData(type(exc).__name__, exc.what, exc.thing, exc.hint)
+    data = ErrorData(_kind(exc), exc.what, exc.thing, exc.hint)
     return ErrorObject(exc.rpc_code, str(exc), data)
+
+
+def _kind(exc: SectorFSError) -> str:
+    """The name of its kind that the other side knows too: errors of a module have one above."""
+    names = [kind.__name__ for kind in type(exc).__mro__]
+    return next((name for name in names if name in _KINDS), names[0])
 
 
 # `NoSource` is built from its causes, which do not travel.
