@@ -19,6 +19,7 @@ from sectorfs.stores.reservation import (
     Reservation,
     Reservations,
     Room,
+    Spot,
     claims_for,
     remaining,
 )
@@ -64,6 +65,21 @@ def ledger() -> Reservations:
 
 
 # Sizes
+
+
+def test_files_of_one_directory_are_claimed_apart() -> None:
+    ledger = Reservations()
+    first = Claim(storage=A, file=CACHE, size=10, place="fetching", member="p_aux")
+    second = Claim(storage=A, file=CACHE, size=20, place="fetching", member="t_aux")
+    with ledger.reserve([first], {A: room(100)}) as one, ledger.reserve([second], {A: room(100)}):
+        present: dict[Spot, int] = {(CACHE, "fetching", "p_aux"): 4}
+        here = Room(mark=0, raw=RawSpace(1000, 96), filesystem=1, present=present)
+        assert ledger.reserved(A, {A: here}) == 26
+        with pytest.raises(Refused):
+            ledger.reserve([first], {A: here})
+        assert one.finish(A, CACHE, "p_aux")
+        assert not one.finish(A, CACHE)
+        assert ledger.reserved(A, {A: here}) == 20
 
 
 def test_unknown_sizes_are_claimed_by_the_table_of_the_purpose() -> None:

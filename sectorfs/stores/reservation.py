@@ -10,9 +10,9 @@ held and wanted claim, then use and free space. Bytes written between two steps 
 a moment, never zero times. A measurement from before a release is refused: it would miss both the
 released claim and the bytes written under it.
 
-Invariants: a file is claimed once per storage; claims on one file system, whichever storages they
-are on, are together never granted more than it has free; a limit counts claims like bytes used; a
-request is granted as a whole or not at all.
+Invariants: a file, or a file of a directory, is claimed once per storage; claims on one file
+system, whichever storages they are on, are together never granted more than it has free; a limit
+counts claims like bytes used; a request is granted as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import msgspec
 from sectorfs.errors import BadInput, DiskFull, NotFound, Refused
 from sectorfs.index.checks import check_number
 from sectorfs.index.placement import space_needed
-from sectorfs.index.protocol import FsStat, LocationKey, PathType
+from sectorfs.index.protocol import FsStat, PathType
 from sectorfs.stores.space import RawSpace, fs_stat
 from sectorfs.types import FileType, SectorFile, SectorID, StorageID
 
@@ -37,8 +37,20 @@ Place = Literal["final", "temporary", "fetching"]
 """Where a file is written: under its name, as ``<name>.tmp``, or below ``fetching/``."""
 
 
+Spot = tuple[SectorFile, Place] | tuple[SectorFile, Place, str]
+"""The bytes that a claim counts as written: of a sector file, or of one file in a directory."""
+
+
+class ClaimKey(msgspec.Struct, frozen=True):
+    """What can be claimed once."""
+
+    file: SectorFile
+    member: str
+    storage: StorageID
+
+
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
-    """Room for one sector file on one storage."""
+    """Room for one sector file, or one file of a sector directory, on one storage."""
 
     storage: StorageID
     file: SectorFile
@@ -46,11 +58,18 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes the file may come to have."""
     place: Place
     """Only bytes there count as written: an older copy elsewhere may stay until the end."""
+    member: str = ""
+    """One file of a directory, which readers fetch one by one; empty for the whole."""
 
     @property
-    def key(self) -> LocationKey:
+    def key(self) -> ClaimKey:
         """What can be claimed once."""
-        return LocationKey(self.file, self.storage)
+        return ClaimKey(self.file, self.member, self.storage)
+
+    @property
+    def spot(self) -> Spot:
+        """Where its bytes are counted."""
+        return (self.file, self.place, self.member) if self.member else (self.file, self.place)
 
 
 class Room(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,7 +84,7 @@ class Room(msgspec.Struct, frozen=True, kw_only=True):
     """The storage's limit; 0 for none."""
     used: int | None = None
     """Bytes its files occupy, or more; None while unknown. Counts only under a limit."""
-    present: Mapping[tuple[SectorFile, Place], int] = {}
+    present: Mapping[Spot, int] = {}
     """Bytes on disk (blocks, directories summed up) of claimed files; one left out has none."""
 
 
@@ -93,7 +112,7 @@ def claims_for(
 
 def remaining(claim: Claim, room: Room | None) -> int:
     """Bytes of a claim that are still to be written; all of it where nothing was measured."""
-    written = 0 if room is None else room.present.get((claim.file, claim.place), 0)
+    written = 0 if room is None else room.present.get(claim.spot, 0)
     return max(0, claim.size - written)
 
 
@@ -106,7 +125,7 @@ class Reservations:
     """The ledger of a node's storages. Used on the loop only, and never waits."""
 
     def __init__(self) -> None:
-        self._held: dict[LocationKey, _Held] = {}
+        self._held: dict[ClaimKey, _Held] = {}
         self._mark = 0
         # Mark of the last release on each storage and each file system.
         self._released: dict[StorageID | int, int] = {}
@@ -178,8 +197,8 @@ class Reservations:
 
     def _wanted(
         self, claims: Sequence[Claim], rooms: Mapping[StorageID, Room]
-    ) -> dict[LocationKey, _Held]:
-        wanted: dict[LocationKey, _Held] = {}
+    ) -> dict[ClaimKey, _Held]:
+        wanted: dict[ClaimKey, _Held] = {}
         for claim in claims:
             check_number(claim.size, "size", claim.file)
             filesystem = _room(claim.storage, rooms).filesystem
@@ -190,7 +209,7 @@ class Reservations:
             wanted[claim.key] = _Held(claim, filesystem)
         return wanted
 
-    def _release(self, keys: Iterable[LocationKey]) -> None:
+    def _release(self, keys: Iterable[ClaimKey]) -> None:
         for key in keys:
             self._mark += 1
             self._released[key.storage] = self._mark
@@ -200,14 +219,14 @@ class Reservations:
 class Reservation:
     """Claims that one task holds. Released by `release`, or at the end of a ``with`` over it."""
 
-    def __init__(self, ledger: Reservations, keys: Iterable[LocationKey]) -> None:
+    def __init__(self, ledger: Reservations, keys: Iterable[ClaimKey]) -> None:
         self._ledger = ledger
         self._keys = set(keys)  # Invariant: exactly our keys in the ledger
         self._released = False
 
-    def finish(self, storage: StorageID, file: SectorFile) -> bool:
+    def finish(self, storage: StorageID, file: SectorFile, member: str = "") -> bool:
         """A file is in place, or was given up: release its claim alone. False if not held."""
-        key = LocationKey(file, storage)
+        key = ClaimKey(file, member, storage)
         if key not in self._keys:
             log.warning("%s on %s: space released twice, or never reserved", file, storage)
             return False
