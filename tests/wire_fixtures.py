@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Container
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import trio
 from sectorfs.config import TimeoutsConfig
 from sectorfs.errors import NotFound, from_os
 from sectorfs.index.protocol import FsStat
+from sectorfs.stores.directories import OpenDirectory, open_directory
 from sectorfs.stores.lanes import Descriptor, Lane
 from sectorfs.stores.protocol import OpenFile
 from sectorfs.types import Facts, MemberFacts, SectorFile, StorageID
@@ -195,6 +196,18 @@ class FolderFiles:
         )
         self.opened.append(opened)
         return opened
+
+    async def open_directory(
+        self, file: SectorFile, *, only: Container[str] | None
+    ) -> OpenDirectory:
+        return await open_directory(
+            str(self.root),
+            str(self.root / str(file)),
+            self.lane,
+            storage=self.storage,
+            expected=False,
+            only=only,
+        )
 
     async def listing(self, file: SectorFile) -> Facts:
         path = self.root / file.file_type.dir_name / file.sector.name

@@ -15,6 +15,8 @@ _MAX_DATE = 253402300799
 _ETAGS = re.compile(r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
 _ONE_RANGE = re.compile(r"(?:([0-9]+)-([0-9]*)|-([0-9]+))", re.ASCII)
 _HUGE = 10**19
+MAX_RANGES = 64
+"""In one request: far more than readers of pieces ask for, few enough to send by `sendfile`."""
 
 
 class Validators(msgspec.Struct, frozen=True):
@@ -55,14 +57,14 @@ def precondition(headers: Mapping[str, str], current: Validators) -> int | None:
     return 304 if since is not None and current.modified <= since else None
 
 
-def byte_range(
+def byte_ranges(
     headers: Mapping[str, str], current: Validators, size: int
-) -> tuple[int, int] | None:
-    """Offset and length asked for; None means the whole file. `BadRange` for a bad range.
+) -> tuple[tuple[int, int], ...] | None:
+    """Offsets and lengths asked for, in that order; None means the whole file.
 
-    Several ranges at a time, another unit, and an If-Range about another content mean the whole
-    file. Bad syntax is an error and not, as the RFC would allow, ignored: a client that asked
-    wrongly for a few bytes is not helped with 32 GiB.
+    Another unit, and an If-Range about another content, mean the whole file; ranges outside the
+    file are left out while others are within. `BadRange` for all else: a client that asked wrongly
+    for a few bytes is not helped with 32 GiB.
     """
     text = headers.get("range")
     if text is None or not _if_range(headers, current):
@@ -70,12 +72,15 @@ def byte_range(
     unit, equals, spec = text.partition("=")
     if unit.strip().lower() != "bytes" and equals:
         return None
-    spans = [_span(part.strip(), size) for part in spec.split(",") if part.strip()]
-    if len(spans) > 1:
-        return None
-    if not spans or spans[0] is None:
+    parts = [part.strip() for part in spec.split(",") if part.strip()]
+    if len(parts) > MAX_RANGES:
+        raise BadRange(f"{len(parts)} ranges, at most {MAX_RANGES} at a time")
+    spans = tuple(span for span in [_span(part, size) for part in parts] if span is not None)
+    if not spans:
         raise BadRange(f"cannot serve range {text[:80]!r} of {size} bytes")
-    return spans[0]
+    if sum(length for _, length in spans) > size:
+        raise BadRange(f"ranges of more bytes than the {size} there are")
+    return spans
 
 
 def _span(part: str, size: int) -> tuple[int, int] | None:

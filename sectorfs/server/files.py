@@ -12,11 +12,13 @@ from typing import TypeVar
 import msgspec
 import trio
 
-from sectorfs.errors import BadRange, NotFound, StorageUnavailable, Unsupported
+from sectorfs.errors import NotFound, StorageUnavailable
 from sectorfs.index.protocol import FsStat
-from sectorfs.server.conditions import byte_range, precondition, validators
-from sectorfs.stores.protocol import LocalFiles, OpenFile
-from sectorfs.stores.transfer import MTIME_HEADER
+from sectorfs.server import allocated
+from sectorfs.server.archives import archive_reply
+from sectorfs.server.ranges import file_reply
+from sectorfs.stores.layout import MINIMAL
+from sectorfs.stores.protocol import LocalFiles
 from sectorfs.types import (
     Facts,
     SectorFile,
@@ -25,11 +27,10 @@ from sectorfs.types import (
     parse_sector,
     parse_storage_id,
 )
-from sectorfs.wire.messages import FileBody, Reply, Request, error_reply
+from sectorfs.wire.messages import Reply, Request
 
 T = TypeVar("T")
 
-_OCTETS = ("content-type", "application/octet-stream")
 _JSON = ("content-type", "application/json")
 
 
@@ -72,14 +73,29 @@ class FileRoutes:
         return Reply(200, (_JSON,), _stat_json(stat))
 
     async def sector(self, request: Request) -> Reply:
-        """``/remote/{type}/{sector}``: a sector file, whole or a range of it."""
+        """``/remote/{type}/{sector}``: a sector file, whole or ranges of it, or a directory."""
         file = _sector_file(request)
-        if file.file_type.is_directory:
-            await self._timely(self._files.listing(file), file)  # 404 for one that is not here
-            raise Unsupported(
-                "a directory is not sent whole", file, f"list it at {request.path}/files"
-            )
-        return await self._file(request, file, None)
+        if not file.file_type.is_directory:
+            return await self._file(request, file, None)
+        only = MINIMAL if "mincache" in request.query else None
+        directory = await self._timely(self._files.open_directory(file, only=only), file)
+        try:
+            return archive_reply(request, directory)
+        except BaseException:
+            directory.close()
+            raise
+
+    async def allocated(self, request: Request) -> Reply:
+        """``/remote/unsealed/{sector}/{proof}/allocated/{offset}/{size}``: 200 or 416."""
+        file = _sector_file(request)
+        _, _, _, proof, _, offset, size = request.segments
+        sector_size, start, length = allocated.parse(file, proof, offset, size)
+        opened = await self._timely(self._files.open_file(file), file)
+        try:
+            await allocated.check(opened, file, sector_size=sector_size, offset=start, size=length)
+        finally:
+            opened.close()
+        return Reply(200)
 
     async def listing(self, request: Request) -> Reply:
         """``/remote/{type}/{sector}/files``: the facts of a sector file."""
@@ -101,7 +117,7 @@ class FileRoutes:
     async def _file(self, request: Request, file: SectorFile, member: str | None) -> Reply:
         opened = await self._timely(self._files.open_file(file, member), file)
         try:
-            return _file_reply(request, opened)
+            return file_reply(request, opened)
         except BaseException:
             opened.close()
             raise
@@ -118,41 +134,6 @@ def _sector_file(request: Request) -> SectorFile:
         return SectorFile(parse_file_type(type_name), parse_sector(sector_name))
     except ValueError as exc:
         raise NotFound(str(exc), request.path[:200]) from exc
-
-
-def _file_reply(request: Request, opened: OpenFile) -> Reply:
-    """The reply that owns `opened`, or has closed it already."""
-    current = validators(inode=opened.inode, size=opened.size, mtime_ns=opened.mtime_ns)
-    headers = (
-        *current.headers(),
-        ("accept-ranges", "bytes"),
-        (MTIME_HEADER, str(opened.mtime_ns)),
-    )
-    status = precondition(request.headers, current)
-    if status is not None:
-        opened.close()
-        return Reply(status, headers)
-    try:
-        span = (
-            byte_range(request.headers, current, opened.size) if request.method == "GET" else None
-        )
-    except BadRange as exc:
-        opened.close()
-        refusal = error_reply(exc, request.headers.get("accept", ""))
-        extent = ("content-range", f"bytes */{opened.size}")
-        return Reply(416, (*refusal.headers, *headers, extent), refusal.body)
-    offset, length = span or (0, opened.size)
-    if span is not None:
-        last = offset + length - 1
-        headers = (*headers, ("content-range", f"bytes {offset}-{last}/{opened.size}"))
-    body = FileBody(
-        opened.descriptor,
-        offset=offset,
-        length=length,
-        run=opened.lane.run,
-        close=opened.close,
-    )
-    return Reply(206 if span else 200, (_OCTETS, *headers), body)
 
 
 def _stat_json(stat: FsStat) -> bytes:

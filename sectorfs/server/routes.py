@@ -1,17 +1,18 @@
 """Paths, methods and permissions of a node's HTTP server.
 
-======================================  =============================  ==========================
-path                                    methods                        needs
-======================================  =============================  ==========================
-``/``                                   GET, HEAD                      ``read`` off loopback
-``/metrics``                            GET, HEAD                      ``read`` off loopback
-``/health``                             GET, HEAD                      nothing
-``/rpc/v0``                             POST                           a valid token; per method
-``/remote/stat/{storage}``              GET, HEAD                      ``read``
-``/remote/{type}/{sector}``             GET, HEAD                      ``read``
-``/remote/{type}/{sector}/files``       GET, HEAD                      ``read``
-``/remote/{type}/{sector}/files/{n}``   GET, HEAD                      ``read``
-======================================  =============================  ==========================
+=====================================================  =========  ==========================
+path                                                   methods    needs
+=====================================================  =========  ==========================
+``/``                                                  GET, HEAD  ``read`` off loopback
+``/metrics``                                           GET, HEAD  ``read`` off loopback
+``/health``                                            GET, HEAD  nothing
+``/rpc/v0``                                            POST       a valid token; per method
+``/remote/stat/{storage}``                             GET, HEAD  ``read``
+``/remote/{type}/{sector}[?mincache]``                 GET, HEAD  ``read``
+``/remote/{type}/{sector}/files``                      GET, HEAD  ``read``
+``/remote/{type}/{sector}/files/{name}``               GET, HEAD  ``read``
+``/remote/{type}/{sector}/{proof}/allocated/{o}/{n}``  GET, HEAD  ``read``
+=====================================================  =========  ==========================
 
 Order of answers: 404 for an unknown path, 405, 401 or 403, then what the path itself says.
 """
@@ -86,6 +87,7 @@ class _Routes:
         self._sector = _Route("sector", remote.sector)
         self._listing = _Route("listing", remote.listing)
         self._member = _Route("member", remote.member)
+        self._allocated = _Route("allocated", remote.allocated)
 
     async def handle(self, request: Request) -> Reply:
         """Answer a request and count it."""
@@ -113,6 +115,8 @@ class _Routes:
                 return self._listing
             case (_, _, "files", _):
                 return self._member
+            case (_, _, _, "allocated", _, _):
+                return self._allocated
         return None
 
     async def _answer(self, route: _Route | None, request: Request) -> Reply:

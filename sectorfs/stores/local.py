@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Container, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -17,10 +17,12 @@ import trio
 from sectorfs.config import StorageConfig, TimeoutsConfig
 from sectorfs.errors import DiskError, NotFound, Refused, SectorFSError, StorageUnavailable
 from sectorfs.index.protocol import FsStat, SectorIndex, StorageInfo
+from sectorfs.stores.directories import OpenDirectory, open_directory
 from sectorfs.stores.keeper import IndexLink, Keeper, ScanCounts
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.local_path import LocalPath
 from sectorfs.stores.metadata import Metadata, read_metadata
+from sectorfs.stores.path_changes import PathChanges, rewrite
 from sectorfs.stores.protocol import OpenFile
 from sectorfs.stores.scan import file_facts
 from sectorfs.stores.space import fs_stat, raw_space
@@ -93,6 +95,11 @@ class LocalStore:
     def paths(self) -> tuple[LocalPath, ...]:
         """The attached paths."""
         return tuple(self._paths.values())
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Base URLs under which the paths are attached."""
+        return self._urls
 
     def waiting(self) -> dict[str, str]:
         """Paths given to `attach_all` that could not be attached yet, and why."""
@@ -266,6 +273,29 @@ class LocalStore:
                 return local
         raise NotFound("no such storage path on this node", path_or_id, "see storage list")
 
+    async def configure(
+        self, path_or_id: str, changes: PathChanges
+    ) -> tuple[StorageInfo, StorageInfo]:
+        """Change a path's settings on its disk, then in the Index; what they were and are."""
+        async with self._attaching:
+            local = self._named(path_or_id)
+            keeper = self._keepers[local.storage]
+            if not local.available:
+                raise StorageUnavailable(local.error, local.path)
+            try:
+                before, after = await local.lane.run(
+                    lambda: rewrite(local.path, local.storage, changes), what="change settings"
+                )
+                await keeper.refresh()
+            except BaseException:
+                local.attached = False  # the next heartbeat reads the file and tells the Index
+                raise
+            if self._nursery is None:
+                await keeper.beat()
+            else:
+                keeper.beat_now()
+        return before, after
+
     async def redeclare(
         self,
         path_or_id: str | None = None,
@@ -362,6 +392,25 @@ class LocalStore:
         if known is None:
             return True
         return (known.size, known.mtime_ns) != (opened.size, opened.mtime_ns)
+
+    async def open_directory(
+        self, file: SectorFile, *, only: Container[str] | None
+    ) -> OpenDirectory:
+        """Open a sector directory on whichever path has it."""
+        if not file.file_type.is_directory:
+            raise NotFound("is not a directory", file)
+
+        async def attempt(local: LocalPath, expected: bool) -> OpenDirectory:
+            return await open_directory(
+                local.path,
+                local.name_of(file),
+                local.lane,
+                storage=local.storage,
+                expected=expected,
+                only=only,
+            )
+
+        return await self._first(file, attempt)
 
     async def listing(self, file: SectorFile) -> Facts:
         """The facts of a sector file as they are on disk now."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Literal, Protocol
 
 import msgspec
 
 from sectorfs.index.protocol import FsStat
 from sectorfs.stores.lanes import Descriptor, Lane
+from sectorfs.stores.tar_writer import TarMember
 from sectorfs.types import Facts, SectorFile, StorageID
 
 State = Literal["local", "shared", "cached", "partial", "remote", "unavailable"]
@@ -34,6 +36,28 @@ class OpenFile(msgspec.Struct, frozen=True, kw_only=True):
         self.descriptor.close()
 
 
+class SectorDirectory(Protocol):
+    """An open sector directory: one content on one storage, whatever takes its place meanwhile."""
+
+    @property
+    def members(self) -> tuple[TarMember, ...]:
+        """Its regular files with plain names, by ascending name."""
+
+    @property
+    def mtime_ns(self) -> int:
+        """Of the directory itself."""
+
+    @property
+    def inode(self) -> int:
+        """Of the directory itself."""
+
+    async def open_member(self, name: str) -> OpenFile:
+        """Open one of `members`; `SourceFailed` when it is gone or not what it was."""
+
+    def close(self) -> None:
+        """Close once the last thread that uses it has left."""
+
+
 class LocalFiles(Protocol):
     """Files on this node's storage paths; never anybody else's."""
 
@@ -42,6 +66,11 @@ class LocalFiles(Protocol):
 
         `NotFound` when no path here has it, `StorageUnavailable` when its path does not answer.
         """
+
+    async def open_directory(
+        self, file: SectorFile, *, only: Container[str] | None
+    ) -> SectorDirectory:
+        """Open a sector directory with its files, or those in `only`; errors as `open_file`."""
 
     async def listing(self, file: SectorFile) -> Facts:
         """The facts of a sector file as they are on disk now; errors as `open_file`."""

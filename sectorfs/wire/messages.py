@@ -1,9 +1,9 @@
-"""What a handler of the server gets and gives: `Request`, `Reply`, `FileBody`, and their limits."""
+"""What a handler of the server gets and gives: `Request`, `Reply`, its bodies, and their limits."""
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -125,24 +125,52 @@ class FileBody:
             close()
 
 
+class LateFile(msgspec.Struct, frozen=True):
+    """A file within a body, opened only when its turn comes: many may follow each other."""
+
+    length: int
+    """Bytes the body has of it, whatever `open` finds."""
+    open: Callable[[], Awaitable[FileBody]]
+    """Its error breaks the reply off, which is all that can be told after the header."""
+
+
+class PartedBody:
+    """A reply's body made of parts, sent in order; closed once, whatever happens."""
+
+    def __init__(
+        self, parts: Sequence[bytes | LateFile], *, close: Callable[[], None] | None = None
+    ) -> None:
+        self.parts = tuple(parts)
+        self.length = sum(
+            part.length if isinstance(part, LateFile) else len(part) for part in self.parts
+        )
+        self._close = close
+
+    def close(self) -> None:
+        """Let go of what the parts are made from; a second call does nothing."""
+        close, self._close = self._close, None
+        if close is not None:
+            close()
+
+
 @dataclass(frozen=True)
 class Reply:
     """What a handler answers. Content-Length, Date and Connection are the server's."""
 
     status: int
     headers: tuple[tuple[str, str], ...] = ()
-    body: bytes | FileBody | None = None
+    body: bytes | FileBody | PartedBody | None = None
 
     @property
     def length(self) -> int:
         """Bytes of the body."""
-        if isinstance(self.body, FileBody):
+        if isinstance(self.body, FileBody | PartedBody):
             return self.body.length
         return len(self.body or b"")
 
     def close(self) -> None:
-        """Release the body's file, if it has one."""
-        if isinstance(self.body, FileBody):
+        """Release what the body holds open, if anything."""
+        if isinstance(self.body, FileBody | PartedBody):
             self.body.close()
 
 

@@ -26,7 +26,7 @@ import trio
 
 from sectorfs.errors import SectorFSError, SourceFailed, TimedOut
 from sectorfs.metrics import HTTP_SENT_BYTES
-from sectorfs.wire.messages import FileBody
+from sectorfs.wire.messages import FileBody, PartedBody
 
 HOP = 8 * 1024 * 1024
 """Bytes a thread sends before others get their turn."""
@@ -119,6 +119,26 @@ async def send_file(sock: trio.socket.SocketType, body: FileBody, *, progress: f
         raise
     finally:
         out.close()
+
+
+async def send_parts(sock: trio.socket.SocketType, body: PartedBody, *, progress: float) -> None:
+    """Send the parts of a body in order, files as `send_file` does.
+
+    A file that cannot be opened, or gives another length than was promised, raises: the header has
+    promised what cannot be kept, so the connection must end before the body does.
+    """
+    for part in body.parts:
+        if isinstance(part, bytes):
+            await send_bytes(sock, part, progress=progress)
+            HTTP_SENT_BYTES.inc(len(part))
+            continue
+        opened = await part.open()
+        try:
+            if opened.length != part.length:
+                raise SourceFailed(f"{opened.length} bytes instead of the {part.length} promised")
+            await send_file(sock, opened, progress=progress)
+        finally:
+            opened.close()
 
 
 def push(out: _Duplicate, body: FileBody, offset: int, remaining: int) -> tuple[int, Stop]:

@@ -23,6 +23,7 @@ from sectorfs.wire.messages import (
     FileBody,
     HeaderTooLarge,
     Limits,
+    PartedBody,
     Reply,
     Request,
     RequestTimedOut,
@@ -31,7 +32,7 @@ from sectorfs.wire.messages import (
     text_reply,
 )
 from sectorfs.wire.pace import Pace
-from sectorfs.wire.sendfile import ClientGone, send_bytes, send_file
+from sectorfs.wire.sendfile import ClientGone, send_bytes, send_file, send_parts
 
 log = logging.getLogger(__name__)
 
@@ -221,12 +222,11 @@ class _Connection:
             head = self._http.send(_response(reply, close=close)) or b""
             if head_only or reply.status in _NO_BODY:
                 await self._write(head)
-            elif isinstance(reply.body, FileBody):
+            elif isinstance(reply.body, FileBody | PartedBody):
                 await self._write(head)
                 # h11 counts the bytes and hands the object back; sendfile moves them
                 self._http.send_with_data_passthrough(h11.Data(data=_Promise(reply.length)))
-                progress = self._limits.write_progress
-                await send_file(self._stream.socket, reply.body, progress=progress)
+                await self._send_body(reply.body)
             else:
                 data = reply.body or b""
                 await self._write(head + (self._http.send(h11.Data(data=data)) or b""))
@@ -234,6 +234,13 @@ class _Connection:
             self._http.send(h11.EndOfMessage())
         finally:
             reply.close()
+
+    async def _send_body(self, body: FileBody | PartedBody) -> None:
+        sock, progress = self._stream.socket, self._limits.write_progress
+        if isinstance(body, FileBody):
+            await send_file(sock, body, progress=progress)
+        else:
+            await send_parts(sock, body, progress=progress)
 
     async def _write(self, data: bytes) -> None:
         await send_bytes(self._stream.socket, data, progress=self._limits.write_progress)
