@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 
-from sectorfs.cli import output
+from sectorfs.cli import output, storage_view
 from sectorfs.cli.context import Location, Settings, common, with_admin
 from sectorfs.cli.progress import shown
 from sectorfs.errors import BadInput
 from sectorfs.node.admin import PathSettings
+from sectorfs.stores.path_changes import PathChanges
 from sectorfs.types import parse_sector
 
 
@@ -94,18 +95,90 @@ def attach(settings: Settings, path: Path, init: bool, **options: object) -> Non
 
 @storage.command()
 @click.argument("target", metavar="PATH|UUID")
+@click.option(
+    "--force", is_flag=True, help="Detach another node's storage though it answers or is needed."
+)
 @common
-def detach(settings: Settings, target: str) -> None:
-    """Detach a path of this node; its files stay where they are.
+def detach(settings: Settings, target: str, force: bool) -> None:
+    """Detach a path of this node, or the storage of a dead node; files stay where they are.
+
+    Another node's storage is refused while its node reports or answers, and when it has the last
+    copy of something.
 
     Example: sectorfs storage detach /mnt/disk1
     """
     target = _target(target)
-    with_admin(settings, lambda admin: admin.detach(target))
+    report = with_admin(settings, lambda admin: admin.detach(target, force=force))
     if settings.as_json:
-        output.print_json({"detached": target})
-    else:
-        click.echo(f"detached {target}")
+        output.print_json(report)
+        return
+    click.echo(f"detached {target}")
+    if report.lost:
+        click.echo(
+            f"{report.lost} files of {len(report.lost_sectors)} sectors have no other copy: "
+            f"{_some(report.lost_sectors)}"
+        )
+
+
+@storage.command("set")
+@click.argument("target", metavar="STORAGE|PATH")
+@click.option("--weight", type=click.IntRange(0, 2**63 - 1), help="Preference.")
+@click.option("--seal/--no-seal", "can_seal", default=None, help="Sealing may use it, or not.")
+@click.option(
+    "--store/--no-store", "can_store", default=None, help="Finished sectors stay on it, or not."
+)
+@click.option("--max-storage", type=Size(), help="Bytes that may be used; 0 for no limit.")
+@click.option("--groups", type=Names(), help="Groups this path belongs to.")
+@click.option("--allow-to", type=Names(), help="Groups that may fetch from it.")
+@click.option("--allow-types", type=Names(), help="Only these file types may be placed here.")
+@click.option("--deny-types", type=Names(), help="These file types are never placed here.")
+@click.option(
+    "--allow-miners", type=Names(), help="Only these miners' sectors, for example t01000."
+)
+@click.option("--deny-miners", type=Names(), help="Never these miners' sectors.")
+@common
+def set_(settings: Settings, target: str, **options: object) -> None:
+    """Change the settings of a storage path of this node; '' clears a list.
+
+    sectorstore.json is rewritten, with what other programs keep in it, and the Index follows at
+    once. With --no-seal and --no-store nothing new is placed there, and what is there stays
+    readable: so a path is closed before it is drained.
+
+    Example: sectorfs storage set /mnt/disk1 --weight 20 --deny-types unsealed,cache
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if not given:
+        raise BadInput("nothing to change", target, "name a setting, for example --weight 5")
+    changes = PathChanges(**given)  # type: ignore[arg-type]  # click's own types
+    target = _target(target)
+    report = with_admin(settings, lambda admin: shown(admin, admin.configure(target, changes)))
+    if settings.as_json:
+        output.print_json(report)
+        return
+    for name, change in report.changed.items():
+        click.echo(f"{name}: {_shown(name, change.before)} → {_shown(name, change.after)}")
+    if not report.changed:
+        click.echo(f"{report.path} is set so already")
+    for note in report.notes:
+        click.echo(note)
+    if report.declared:
+        click.echo(f"declared {report.declared} files as primary")
+
+
+def _shown(name: str, value: int | bool | list[str]) -> str:
+    """A setting as people write it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        if name == "max_storage":
+            return output.size(value) if value else "no limit"
+        return str(value)
+    return ",".join(value) or "none"
+
+
+def _some(names: list[str], count: int = 5) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 @storage.command()
@@ -142,7 +215,7 @@ def list_(settings: Settings) -> None:
     if settings.as_json:
         output.print_json(found)
     else:
-        output.console().print(output.storage_table(found))
+        storage_view.print_storages(output.console(), found)
 
 
 @storage.command()

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import trio
 
-from sectorfs.config import TimeoutsConfig
+from sectorfs.config import Config, TimeoutsConfig
 from sectorfs.errors import Unreachable
 from sectorfs.index.catalog import Catalog
 from sectorfs.index.feed import Feed
@@ -17,6 +17,7 @@ from sectorfs.node.repo import Repo
 from sectorfs.node.rpc import NodeClient
 from sectorfs.stores import storage_list
 from sectorfs.stores.local import LocalStore
+from sectorfs.stores.transfer import PeerClient
 from sectorfs.wire import tokens
 from sectorfs.wire.client import Client
 
@@ -83,6 +84,7 @@ async def _offline(repo: Repo) -> AsyncIterator[LocalAdmin]:
             heartbeat=config.index.heartbeat,
             watch=False,
         )
+        client = await stack.enter_async_context(_peers(repo, config, token))
         known = storage_list.read_storage_list(str(repo.storage_json))
         await local.attach_all(known.paths)
         yield LocalAdmin(
@@ -90,10 +92,16 @@ async def _offline(repo: Repo) -> AsyncIterator[LocalAdmin]:
             index=index,
             catalog=catalog,
             local=local,
+            peers=PeerClient(client),
             config=config,
             caught_up=lambda: _load(feed),
             state=None,
         )
+
+
+def _peers(repo: Repo, config: Config, token: str) -> Client:
+    """The way to other nodes."""
+    return Client(config.timeouts, token=connect.read_token(config.peers.token_file, repo) or token)
 
 
 async def _load(feed: Feed) -> None:

@@ -167,7 +167,7 @@ class LocalAdmin:
         """`TimedOut` unless the catalog has all that the Index has now."""
         page = await self._index.snapshot(limit=1)
         await self._caught_up()
-        if (self._catalog.epoch, self._catalog.seq) < (page.epoch, page.seq):
+        if self._catalog.epoch != page.epoch or self._catalog.seq < page.seq:
             raise TimedOut("this node is behind the Index", self._repo.root, "try again")
 
     async def configure(self, target: str, changes: PathChanges) -> SettingsReport:

@@ -13,7 +13,10 @@ from sectorfs.errors import BadInput
 from sectorfs.index import shapes
 from sectorfs.node import reports
 from sectorfs.node.admin import LocalAdmin, PathSettings
+from sectorfs.node.forget import DetachReport
+from sectorfs.node.settings import SettingsReport
 from sectorfs.stores.keeper import ScanCounts
+from sectorfs.stores.path_changes import PathChanges
 from sectorfs.types import SectorID, StorageID, parse_sector
 from sectorfs.wire import jsonrpc
 from sectorfs.wire.jsonrpc import Method
@@ -23,6 +26,8 @@ T = TypeVar("T")
 Post = Callable[[bytes, float], Awaitable[tuple[int, bytes]]]
 """POST a body, waiting so many seconds longer than usual for the answer: status and body."""
 
+DETACH_PATIENCE = 600.0
+"""Seconds that detaching may take: each URL is asked, and a million declarations may go."""
 SCAN_PATIENCE = 86400.0
 """Seconds that attaching or scanning a path may take: a path may hold a million files."""
 
@@ -36,7 +41,13 @@ def node_methods(
         await admin.attach(_absolute(path), None)
 
     async def detach_local(path: str) -> None:
-        await admin.detach(path)
+        await admin.detach_here(path)
+
+    async def detach(target: str, force: bool) -> DetachReport:
+        return await admin.detach(target, force=force)
+
+    async def configure(target: str, changes: PathChanges) -> SettingsReport:
+        return await admin.configure(target, changes)
 
     async def redeclare_local(storage: str | None, drop_missing: bool) -> None:
         await admin.redeclare(storage, drop_missing=drop_missing)
@@ -64,7 +75,8 @@ def node_methods(
         ("Filecoin.StorageStat", "admin", (str,), stat),
         ("Sectorfs.NodeStatus", "read", (), status),
         ("Sectorfs.NodeAttach", "admin", (str, PathSettings | None), attach),
-        ("Sectorfs.NodeDetach", "admin", (str,), detach_local),
+        ("Sectorfs.NodeDetach", "admin", (str, bool), detach),
+        ("Sectorfs.NodeConfigure", "admin", (str, PathChanges), configure),
         ("Sectorfs.NodeRedeclare", "admin", (str | None, bool), redeclare),
         ("Sectorfs.NodeScans", "read", (), admin.scans),
         ("Sectorfs.NodeStorages", "read", (), admin.storages),
@@ -109,9 +121,21 @@ class NodeClient:
             )
         )
 
-    async def detach(self, target: str) -> None:
+    async def detach(self, target: str, *, force: bool) -> DetachReport:
         """See `Admin.detach`."""
-        await self._call("Sectorfs.NodeDetach", target, result=object)
+        return await self._call(
+            "Sectorfs.NodeDetach", target, force, result=DetachReport, patience=DETACH_PATIENCE
+        )
+
+    async def configure(self, target: str, changes: PathChanges) -> SettingsReport:
+        """See `Admin.configure`."""
+        return await self._call(
+            "Sectorfs.NodeConfigure",
+            target,
+            changes,
+            result=SettingsReport,
+            patience=SCAN_PATIENCE,
+        )
 
     async def redeclare(self, target: str | None, *, drop_missing: bool) -> ScanCounts:
         """See `Admin.redeclare`."""
