@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Container, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -17,6 +17,7 @@ import trio
 from sectorfs.config import StorageConfig, TimeoutsConfig
 from sectorfs.errors import DiskError, NotFound, Refused, SectorFSError, StorageUnavailable
 from sectorfs.index.protocol import FsStat, SectorIndex, StorageInfo
+from sectorfs.stores.directories import OpenDirectory, open_directory
 from sectorfs.stores.keeper import IndexLink, Keeper, ScanCounts
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.local_path import LocalPath
@@ -391,6 +392,25 @@ class LocalStore:
         if known is None:
             return True
         return (known.size, known.mtime_ns) != (opened.size, opened.mtime_ns)
+
+    async def open_directory(
+        self, file: SectorFile, *, only: Container[str] | None
+    ) -> OpenDirectory:
+        """Open a sector directory on whichever path has it."""
+        if not file.file_type.is_directory:
+            raise NotFound("is not a directory", file)
+
+        async def attempt(local: LocalPath, expected: bool) -> OpenDirectory:
+            return await open_directory(
+                local.path,
+                local.name_of(file),
+                local.lane,
+                storage=local.storage,
+                expected=expected,
+                only=only,
+            )
+
+        return await self._first(file, attempt)
 
     async def listing(self, file: SectorFile) -> Facts:
         """The facts of a sector file as they are on disk now."""
