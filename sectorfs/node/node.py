@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -369,7 +370,10 @@ async def _listen(config: Config) -> tuple[list[trio.SocketListener], str, str]:
             f"cannot listen: {reason}", config.node.listen, "choose another --listen host:port"
         ) from exc
     bound = listeners[0].socket.getsockname()[1]
-    api = connect.node_url("127.0.0.1" if host in connect.WILDCARDS else host, bound)
+    if host in connect.WILDCARDS:
+        # Of the same family: a listener on every IPv6 address takes no IPv4 connections.
+        host = "::1" if listeners[0].socket.family == socket.AF_INET6 else "127.0.0.1"
+    api = connect.node_url(host, bound)
     return listeners, api, config.node.advertise.rstrip("/") or api
 
 
