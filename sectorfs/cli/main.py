@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import click
 
 from sectorfs import __version__
-from sectorfs.cli import auth, node, output, storage
+from sectorfs.cli import auth, node, output, piece, sectors, storage
 from sectorfs.cli.context import Settings, common
 from sectorfs.errors import BadInput, SectorFSError, from_os
 
@@ -35,10 +35,12 @@ for command in (
     node.status,
     node.demo,
     storage.storage,
+    sectors.sector,
     auth.auth,
     auth.config,
 ):
     sectorfs.add_command(command)
+sectors.sector.add_command(piece.piece)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -84,7 +84,7 @@ async def _offline(repo: Repo) -> AsyncIterator[LocalAdmin]:
             heartbeat=config.index.heartbeat,
             watch=False,
         )
-        client = await stack.enter_async_context(_peers(repo, config, token))
+        client = await stack.enter_async_context(peer_client(repo, config, token))
         known = storage_list.read_storage_list(str(repo.storage_json))
         await local.attach_all(known.paths)
         yield LocalAdmin(
@@ -99,7 +99,7 @@ async def _offline(repo: Repo) -> AsyncIterator[LocalAdmin]:
         )
 
 
-def _peers(repo: Repo, config: Config, token: str) -> Client:
+def peer_client(repo: Repo, config: Config, token: str) -> Client:
     """The way to other nodes."""
     return Client(config.timeouts, token=connect.read_token(config.peers.token_file, repo) or token)
 

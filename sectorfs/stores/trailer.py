@@ -40,10 +40,11 @@ log = logging.getLogger(__name__)
 MAX_BITMAP = 16 * 2**20
 """Bytes of bitmap that are read at all: more than `rle.MAX_RUNS` runs of a 64 GiB sector need."""
 
-_LENGTH_BYTES = 4
-MIN_LENGTH = _LENGTH_BYTES
+LENGTH_BYTES = 4
+"""The last bytes of a trailer: how long its bitmap is, little-endian."""
+MIN_LENGTH = LENGTH_BYTES
 """Bytes of the shortest trailer, that of a file with nothing in it."""
-MAX_LENGTH = MAX_BITMAP + _LENGTH_BYTES
+MAX_LENGTH = MAX_BITMAP + LENGTH_BYTES
 
 _LARGE_BITMAP = 2**20
 _DISK_SECTOR = 512
@@ -150,7 +151,7 @@ class PartialFile:
 
 def _trailer(allocated: Runs) -> bytes:
     bitmap = rle.encode(allocated)
-    return bitmap + len(bitmap).to_bytes(_LENGTH_BYTES, "little")
+    return bitmap + len(bitmap).to_bytes(LENGTH_BYTES, "little")
 
 
 def _read_trailer(fd: int, sector_size: int, thing: object) -> tuple[Runs, int]:
@@ -160,9 +161,9 @@ def _read_trailer(fd: int, sector_size: int, thing: object) -> tuple[Runs, int]:
         raise SourceFailed(f"{size} bytes, less than the sector's {sector_size}", thing, _HINT)
     if size == sector_size:
         return Runs.span(0, sector_size), size
-    tail = _read_exactly(fd, _LENGTH_BYTES, size - _LENGTH_BYTES, thing)
+    tail = _read_exactly(fd, LENGTH_BYTES, size - LENGTH_BYTES, thing)
     length = int.from_bytes(tail, "little")
-    if sector_size + length + _LENGTH_BYTES != size:
+    if sector_size + length + LENGTH_BYTES != size:
         what = f"trailer of {size - sector_size} bytes with a bitmap of {length}"
         raise SourceFailed(what, thing, _HINT)
     if length > _LARGE_BITMAP:
@@ -170,6 +171,14 @@ def _read_trailer(fd: int, sector_size: int, thing: object) -> tuple[Runs, int]:
     if length > MAX_BITMAP:
         raise SourceFailed(f"trailer with a bitmap of {length} bytes", thing, _HINT)
     return _bitmap(_read_exactly(fd, length, sector_size, thing), sector_size, thing), size
+
+
+def decode(data: bytes, *, sector_size: int, thing: object) -> Runs:
+    """What a whole trailer, read from wherever the file is, says is there; checked as by `open`."""
+    bitmap, length = data[:-LENGTH_BYTES], data[-LENGTH_BYTES:]
+    if len(length) < LENGTH_BYTES or int.from_bytes(length, "little") != len(bitmap):
+        raise SourceFailed(f"{len(data)} bytes are no trailer", thing, _HINT)
+    return _bitmap(bitmap, sector_size, thing)
 
 
 def _bitmap(data: bytes, sector_size: int, thing: object) -> Runs:
