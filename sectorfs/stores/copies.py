@@ -4,6 +4,7 @@ Layout, beside the ordinary one of a storage path::
 
     <type>/fetching/s-t01000-7              a file being received
     <type>/fetching/s-t01000-7/NAME.tmp     one file of a sector directory being received
+    <type>/fetching/s-t01000-7/NAME~tar.tmp the same, out of a tar stream of the directory
     <type>/fetching/s-t01000-7/NAME         received and synced, the directory not yet complete
 
 Order of a commit, so that a crash at any point leaves either no copy or a whole one: bytes, times,
@@ -98,11 +99,16 @@ class Copies:
 
         return await self.lane.run(call, what=f"open copy of {file}", discard=_close)
 
-    async def begin(self, file: SectorFile, member: str | None, size: int) -> Partial:
-        """Make the temporary file; `DiskFull` when `size` bytes do not fit."""
+    async def begin(
+        self, file: SectorFile, member: str | None, size: int, *, archive: bool = False
+    ) -> Partial:
+        """Make the temporary file; `DiskFull` when `size` bytes do not fit.
+
+        `archive`: it comes with its whole directory, while it may be coming by itself as well.
+        """
         with _own_trouble():
             return await self.lane.run(
-                lambda: self._begin(file, member, size),
+                lambda: self._begin(file, member, size, archive),
                 what=f"begin copy of {file}",
                 discard=lambda partial: partial.descriptor.close(),
             )
@@ -242,7 +248,9 @@ class Copies:
             lane=self.lane,
         )
 
-    def _begin(self, file: SectorFile, member: str | None, size: int) -> Partial:
+    def _begin(
+        self, file: SectorFile, member: str | None, size: int, archive: bool = False
+    ) -> Partial:
         if not (self.root / "sectorstore.json").exists():
             raise StorageUnavailable(
                 "the cache path is gone", self.root, "restart the node to make it again"
@@ -261,7 +269,7 @@ class Copies:
                 shutil.rmtree(path)
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{member}.tmp"
+            path = folder / (f"{member}~tar.tmp" if archive else f"{member}.tmp")
         with suppress(FileNotFoundError):
             path.unlink()
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC

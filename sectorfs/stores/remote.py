@@ -5,7 +5,9 @@ only peers hold is fetched into the cache path: one *flight* per file, whoever a
 flight lives in the node's nursery, ends early when nobody waits for it any more, and tries source
 after source on any failure. A sector directory is fetched file by file as its files are opened, so
 that a 64-byte ``p_aux`` never waits for the layers beside it; it becomes a declared copy when all
-files are here (`announcer`).
+files are here (`announcer`). Nodes of other programs do not know single files: when no other source
+has the file, the whole directory is fetched from them, in a flight of its own that all its files
+wait for together.
 
 Bounds: `parallel` fetches at a time from one storage, twice that from one peer and four times that
 on the node, so that a disk of a peer, or a whole peer, that hangs leaves room for the others; files
@@ -16,7 +18,8 @@ meanwhile fell silent does not ask it any more: a hundred readers of it wait for
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import msgspec
 import trio
@@ -35,6 +38,7 @@ from sectorfs.index.catalog import Catalog, Entry
 from sectorfs.index.protocol import SectorIndex
 from sectorfs.stores import sources
 from sectorfs.stores.announcer import Announcer
+from sectorfs.stores.archives import fetch_directory
 from sectorfs.stores.copies import Copies
 from sectorfs.stores.local import LocalStore
 from sectorfs.stores.protocol import OpenFile, State
@@ -51,6 +55,8 @@ NODE_FACTOR = 4
 """The same for the node."""
 ROUNDS = 3
 """How often an open fetches again when the copy is gone, or another content declared, meanwhile."""
+LEARNED = 4096
+"""Sector files whose facts are remembered until the Index tells them too."""
 FAILING_SECONDS = 15.0
 """For so long a peer that failed is tried last."""
 
@@ -109,6 +115,7 @@ class RemoteStore:
         self._places: dict[tuple[str, bool], trio.CapacityLimiter] = {}
         self._failed_at: dict[str, float] = {}
         self._silent_at: dict[sources.PeerSource, float] = {}
+        self._learned: dict[SectorFile, Facts] = {}
         self._announcer = Announcer(
             nursery, index, copies, busy=self._is_arriving, current=self._facts
         )
@@ -120,6 +127,8 @@ class RemoteStore:
         entry = self._catalog.entry(file)
         if entry is None:
             raise NotFound("no storage declares it", file, "see `sectorfs storage find`")
+        if file.file_type.is_directory != (member is not None):
+            raise NotFound("is a directory" if member is None else "is not a directory", file)
         if member is not None and entry.facts and entry.facts.member(member) is None:
             raise NotFound(f"has no file {member!r}", file)
         causes: list[SectorFSError] = []
@@ -131,7 +140,8 @@ class RemoteStore:
                 log.warning("%s: copy on storage %s cannot be read: %s", file, source.storage, exc)
                 causes.append(exc)
         if elsewhere:
-            return await self._open_fetched(file, member, entry.facts, causes)
+            facts = entry.facts or self._learned.get(file)
+            return await self._open_fetched(file, member, facts, causes)
         raise self._no_source(file, member, causes)
 
     def state(self, file: SectorFile) -> State:
@@ -156,6 +166,13 @@ class RemoteStore:
 
     def _is_arriving(self, file: SectorFile) -> bool:
         return any(key[0] == file for key in self._flights)
+
+    def _learn(self, file: SectorFile, facts: Facts) -> None:
+        """Remember what came until the catalog says it too, so that it is not fetched again."""
+        self._learned.pop(file, None)
+        while len(self._learned) >= LEARNED:
+            del self._learned[next(iter(self._learned))]
+        self._learned[file] = facts
 
     def _facts(self, file: SectorFile) -> Facts | None:
         entry = self._catalog.entry(file)
@@ -190,30 +207,38 @@ class RemoteStore:
         wanted = _wanted(facts, member)
         for _ in range(ROUNDS):
             try:
-                if wanted is not None:
-                    copy = await self._copies.open(
-                        file, member, size=wanted.size, mtime_ns=wanted.mtime_ns
-                    )
+                copy = await self._open_copy(file, member, wanted)
+                if copy is not None:
+                    return copy
+                flight = await self._fly(file, member)
+                if flight.causes is not None:
+                    # A directory may have come in part, and the part may be what was asked for.
+                    copy = await self._open_copy(file, member, wanted) if member else None
                     if copy is not None:
                         return copy
-                failed = await self._fly(file, member)
+                    raise self._no_source(file, member, [*causes, *flight.causes])
             except (DiskError, StorageUnavailable) as exc:
                 raise self._no_source(file, member, [*causes, exc]) from exc
-            if failed is not None:
-                raise self._no_source(file, member, [*causes, *failed])
             entry = self._catalog.entry(file)
             if entry is None:
                 raise NotFound("no storage declares it any more", file)
-            fresh = _wanted(entry.facts, member)
-            if wanted is None and fresh is None:
-                # The declaring nodes never said size and time; the copy that came is what there is.
-                return await self._local.open_at(self._copies.storage, file, member)
-            wanted = fresh
+            # Nodes of other programs never say size and time: then what came tells.
+            wanted = _wanted(entry.facts or flight.facts, member)
+            if wanted is None:
+                raise NotFound(f"has no file {member!r}", file)
         causes.append(SourceFailed("its copy vanished as often as it was fetched", file))
         raise self._no_source(file, member, causes)
 
-    async def _fly(self, file: SectorFile, member: str | None) -> list[SectorFSError] | None:
-        """Wait for the one flight of a file; the causes when it failed."""
+    async def _open_copy(
+        self, file: SectorFile, member: str | None, wanted: MemberFacts | None
+    ) -> OpenFile | None:
+        if wanted is None:
+            return None
+        size, mtime_ns = wanted.size, wanted.mtime_ns
+        return await self._copies.open(file, member, size=size, mtime_ns=mtime_ns)
+
+    async def _fly(self, file: SectorFile, member: str | None) -> _Flight:
+        """Wait for the one flight of a file, or of a whole directory; it has ended then."""
         key = (file, member)
         while True:
             flight = self._flights.get(key)
@@ -230,7 +255,7 @@ class RemoteStore:
                 flight.waiters -= 1
                 if flight.waiters == 0:
                     flight.scope.cancel()
-            return flight.causes
+            return flight
 
     async def _landing(self, flight: _Flight) -> None:
         """Wait for the end of a flight, but not for ever for a cache path whose disk hangs.
@@ -256,6 +281,7 @@ class RemoteStore:
             del self._flights[key]
             flight.finished.set()
         if flight.facts is not None:
+            self._learn(flight.fetch.file, flight.facts)
             self._announcer.add(flight.fetch.file, flight.facts)
         metrics.FETCHES.labels("failed" if flight.causes else "done").inc()
 
@@ -274,34 +300,68 @@ class RemoteStore:
                 causes.append(exc)  # our own disk: another source would not help
                 break
             except SectorFSError as exc:
-                log.warning("%s: source %s failed: %s", file, source.url, exc)
+                # Usual of nodes that know no single files; then the whole directory is next.
+                usual = isinstance(exc, NotFound) and flight.fetch.member is not None
+                level = logging.DEBUG if usual else logging.WARNING
+                log.log(level, "%s: source %s failed: %s", file, source.url, exc)
                 causes.append(exc)
                 if not isinstance(exc, NotFound):
                     self._failed_at[source.url] = self._now()
                 if isinstance(exc, Unreachable):
                     self._silent_at[source] = self._now()
+        else:
+            if flight.fetch.member is not None and any(isinstance(exc, NotFound) for exc in causes):
+                return await self._fetch_beside(flight, causes)
         return causes or [SourceFailed("no peer serves it", file)]
+
+    async def _fetch_beside(
+        self, flight: _Flight, causes: list[SectorFSError]
+    ) -> list[SectorFSError] | None:
+        """Get a file with its whole directory, from nodes that do not know it by itself."""
+        whole = await self._fly(flight.fetch.file, None)
+        if whole.causes is not None:
+            return [*causes, *whole.causes]
+        flight.facts = whole.facts
+        return None
 
     async def _fetch_from(
         self, source: sources.PeerSource, flight: _Flight, facts: Facts | None
     ) -> None:
         file, member = flight.fetch.file, flight.fetch.member
+        if file.file_type.is_directory and member is None:
+            flight.facts = await self._receive_directory(source, flight, facts)
+            return
         if facts is None:
             facts = await self._peers.facts(source.url, file)
         wanted = _wanted(facts, member)
         if wanted is None:
             raise NotFound(f"has no file {member!r}", file)
         flight.fetch.size = wanted.size
-        await self._receive_in_turn(source, flight, wanted)
-        self._failed_at.pop(source.url, None)
-        self._silent_at.pop(source, None)
+        async with self._turn(source, small=wanted.size <= SMALL):
+            await self._receive(source, flight, wanted)
         flight.facts = facts
 
-    async def _receive_in_turn(
-        self, source: sources.PeerSource, flight: _Flight, wanted: MemberFacts
-    ) -> None:
-        """Receive a file once there is room; not from a source that fell silent meanwhile."""
-        small = wanted.size <= SMALL
+    async def _receive_directory(
+        self, source: sources.PeerSource, flight: _Flight, facts: Facts | None
+    ) -> Facts:
+        flight.fetch.size = facts.size if facts else 0
+
+        def progress(done: int) -> None:
+            flight.fetch.done = done
+
+        async with self._turn(source, small=False):
+            return await fetch_directory(
+                self._peers,
+                self._copies,
+                source.url,
+                flight.fetch.file,
+                expected=facts,
+                progress=progress,
+            )
+
+    @asynccontextmanager
+    async def _turn(self, source: sources.PeerSource, *, small: bool) -> AsyncIterator[None]:
+        """Once there is room to receive; not from a source that fell silent meanwhile."""
         queued_at = self._now()
         async with (
             self._place(f"{source.url} {source.storage}", small, 1),
@@ -310,7 +370,9 @@ class RemoteStore:
         ):
             if self._silent_at.get(source, queued_at) > queued_at:
                 raise SourceFailed("did not answer others in time", source.url)
-            await self._receive(source, flight, wanted)
+            yield
+        self._failed_at.pop(source.url, None)
+        self._silent_at.pop(source, None)
 
     async def _receive(
         self, source: sources.PeerSource, flight: _Flight, wanted: MemberFacts

@@ -3,7 +3,7 @@
 Every answer is checked before it is believed: status, type, length, range, names. What a peer
 cannot give or says wrongly is an error of the family that names the URL, so that the caller can go
 on to the next source. lotus and Curio nodes have neither HEAD nor listings; the size of a file is
-then read off a range of one byte.
+then read off a range of one byte, and a directory comes as one tar stream (`archives`).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from sectorfs.errors import (
 )
 from sectorfs.index.protocol import FsStat
 from sectorfs.metrics import FETCHED_BYTES, SOURCE_FAILURES
+from sectorfs.stores.tar_writer import CONTENT_TYPE
 from sectorfs.types import (
     MAX_NUMBER,
     Facts,
@@ -188,6 +189,33 @@ class PeerClient:
         return data
 
     @asynccontextmanager
+    async def archive(
+        self, base_url: str, file: SectorFile, *, minimal: bool
+    ) -> AsyncIterator[Response]:
+        """A sector directory as a tar stream, from a node that has no listings.
+
+        One of our own has them, so that what was not found there is not there: `NotFound`.
+        """
+        url = _file_url(base_url, file)
+        async with self._ask("GET", f"{url}{_minimal(url)}" if minimal else url) as response:
+            await _expect(response, 200)
+            if MTIME_HEADER in response.headers:
+                raise NotFound("the peer does not have a file of it", response.url)
+            _expect_type(response, CONTENT_TYPE)
+            yield response
+
+    async def allocated(
+        self, base_url: str, file: SectorFile, *, seal_proof: int, offset: int, size: int
+    ) -> bool:
+        """Whether an *unpadded* range of an unsealed file is there."""
+        names = (str(seal_proof), "allocated", str(offset), str(size))
+        async with self._ask("GET", _join(_file_url(base_url, file), *names)) as response:
+            if response.status == 416:
+                return False
+            await _expect(response, 200)
+            return True
+
+    @asynccontextmanager
     async def _ask(
         self, method: str, url: str, headers: tuple[tuple[str, str], ...] = ()
     ) -> AsyncIterator[Response]:
@@ -228,6 +256,10 @@ def _file_url(base_url: str, file: SectorFile, member: str | None = None) -> str
     return _join(base_url, *names, "files", member)
 
 
+def _minimal(url: str) -> str:
+    return "&mincache=true" if urlsplit(url).query else "?mincache=true"
+
+
 async def _expect(response: Response, status: int) -> None:
     """Raise what an answer with another status means."""
     if response.status == status:
@@ -255,8 +287,12 @@ async def _error_text(response: Response) -> str:
 
 
 def _expect_octets(response: Response) -> None:
+    _expect_type(response, "application/octet-stream")
+
+
+def _expect_type(response: Response, wanted: str) -> None:
     kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/octet-stream":
+    if kind != wanted:
         raise SourceFailed(f"unknown content type {kind[:80]!r}", response.url)
 
 

@@ -98,6 +98,14 @@ class Response:
             parts.append(piece)
         return b"".join(parts)
 
+    async def piece(self) -> bytes | None:
+        """The next bytes of a body that is taken as it comes, or None at its end."""
+        if self._state == "new":
+            self._begin()
+        if self._empty or self._state == "done":
+            return None
+        return await self._piece()
+
     async def save(
         self,
         descriptor: AbstractContextManager[int],
