@@ -136,6 +136,7 @@ class Copies:
                     raise SourceFailed(f"received {held} of {size} bytes", partial.file)
                 os.utime(fd, ns=(mtime_ns, mtime_ns))
                 os.fsync(fd)
+                _check_name(fd, partial.path)
             if partial.member is None:
                 target = self._final(partial.file)
                 os.rename(partial.path, target)
@@ -279,8 +280,8 @@ class Copies:
         removed = 0
         for file_type in file_types(ALL_TYPES):
             folder = self.root / file_type.dir_name / "fetching"
-            with suppress(FileNotFoundError):
-                for entry in os.scandir(folder):
+            with suppress(FileNotFoundError), os.scandir(folder) as entries:
+                for entry in entries:
                     if entry.is_dir(follow_symlinks=False):
                         shutil.rmtree(entry.path)
                     else:
@@ -309,6 +310,18 @@ def _matches(status: os.stat_result, size: int, mtime_ns: int) -> bool:
         and status.st_size == size
         and content.same_mtime(status.st_mtime_ns, mtime_ns)
     )
+
+
+def _check_name(fd: int, path: Path) -> None:
+    """`DiskError` unless `path` is the open file: what is renamed must be what was received.
+
+    A call that hung in the disk and was given up may make its temporary file, in place of that of
+    the fetch that came after it, at any later time.
+    """
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(fd), os.lstat(path)):
+            return
+    raise DiskError("the temporary file was replaced", path, "open it again")
 
 
 @contextmanager
