@@ -533,7 +533,9 @@ class Keeper:
                 await changed.wait()
 
     async def _measure(self) -> None:
+        started = trio.current_time()
         self.path.used = await self.path.measure()
+        self.path.used_at = started
 
 
 def _suspicious(where: str, what: str) -> DiskError:

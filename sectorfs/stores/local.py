@@ -59,7 +59,9 @@ class LocalStore:
 
     `holders` and `declared` answer from this node's mirror of the Index: which storages hold a
     file, and what one of them declared about it. They decide the order of probing and notice
-    declarations that are out of date; correctness does not rest on them.
+    declarations that are out of date; correctness does not rest on them. `account` says what space
+    is promised to files under way; `on_attach` is a task for each path that gets attached, and must
+    not raise.
     """
 
     def __init__(
@@ -73,6 +75,8 @@ class LocalStore:
         watch: bool = True,
         holders: Callable[[SectorFile], Sequence[StorageID]] | None = None,
         declared: Callable[[SectorFile, StorageID], Facts | None] | None = None,
+        account: Callable[[LocalPath], Awaitable[FsStat]] | None = None,
+        on_attach: Callable[[LocalPath], Awaitable[object]] | None = None,
     ) -> None:
         self._index = index
         self._urls = urls
@@ -82,6 +86,8 @@ class LocalStore:
         self._watch = watch
         self._holders = holders
         self._declared = declared
+        self._account = account
+        self._on_attach = on_attach
         self._link = IndexLink()
         self._watcher: Watcher | None = None
         self._nursery: trio.Nursery | None = None
@@ -184,6 +190,7 @@ class LocalStore:
                 settle=self._config.settle,
             )
             local.stat = found.stat
+            local.account = self._account
             if self._watch and self._watcher is None:
                 self._watcher = Watcher(self._listener())
             keeper = Keeper(
@@ -484,6 +491,8 @@ class LocalStore:
     def _start(self, keeper: Keeper) -> None:
         if self._nursery is not None:
             self._nursery.start_soon(keeper.run)
+            if self._on_attach is not None:
+                self._nursery.start_soon(self._on_attach, keeper.path)
 
     async def _retry_waiting(self) -> None:
         while True:

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 
 import trio
@@ -68,6 +68,10 @@ class LocalPath:
         self.stat = FsStat()
         self.used: int | None = None
         """Bytes its files occupy; measured only under a limit."""
+        self.used_at = -math.inf
+        """When the walk that told `used` began."""
+        self.account: Callable[[LocalPath], Awaitable[FsStat]] | None = None
+        """Counts what is promised on it; None where nobody promises anything."""
         self.settling = Settling(settle=settle, limit=SETTLING_LIMIT)
         self.dirty: dict[FileType, bool] = {}
         """Types to scan again; True: look at every file, False: names suffice."""
@@ -193,10 +197,12 @@ class LocalPath:
             return
         try:
             raw, self.identity = await self.lane.run(self._probe, what="health check")
+            self._take_space(raw)
+            if self.account is not None:
+                self.stat = await self.account(self)
         except SectorFSError as exc:
             self.fail(exc)
             return
-        self._take_space(raw)
         self.recover()
 
     def _probe(self) -> tuple[RawSpace, tuple[int, int]]:
@@ -220,6 +226,8 @@ class LocalPath:
             raise StorageUnavailable(self.error, self.path)
         if trio.current_time() - self._space_at > SPACE_AGE:
             self._take_space(await self.lane.run(lambda: raw_space(self.path), what="statfs"))
+        if self.account is not None:
+            self.stat = await self.account(self)
         return self.stat
 
     async def read_metadata(self) -> Metadata:

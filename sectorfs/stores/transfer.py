@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractContextManager, asynccontextmanager
 from email.utils import parsedate_to_datetime
 from typing import Annotated, TypeVar
@@ -22,6 +22,7 @@ import trio
 from sectorfs.errors import (
     Forbidden,
     NotFound,
+    Refused,
     SectorFSError,
     SourceFailed,
     TimedOut,
@@ -47,6 +48,11 @@ from sectorfs.wire.response import Response
 MTIME_HEADER = "sectorfs-mtime-ns"
 """Last-Modified to the nanosecond, in answers of our nodes."""
 
+EXPECT_HEADER = "sectorfs-expect"
+"""``<size>-<mtime in ns>`` in a request to remove a file: what is to be removed, and nothing else.
+Sent to our nodes and passed over by others."""
+
+_REMOVE_SECONDS = 300.0
 _STAT_LIMIT = 64 * 1024
 _LISTING_LIMIT = 16 * 1024 * 1024
 _ERROR_LIMIT = 4 * 1024
@@ -214,6 +220,33 @@ class PeerClient:
                 return False
             await _expect(response, 200)
             return True
+
+    async def remove(
+        self,
+        base_url: str,
+        file: SectorFile,
+        *,
+        keep: Iterable[StorageID],
+        expected: Facts | None = None,
+        force: bool = False,
+    ) -> None:
+        """Have a node remove a file from all its storages but those to keep.
+
+        `NotFound` when it has none, `Refused` when the last primary copy would go without `force`,
+        or when there lies something else than `expected`.
+        """
+        query = f"keep={'.'.join(keep)}" + ("&force=true" if force else "")
+        url = _file_url(base_url, file)
+        url += ("&" if "?" in url else "?") + query
+        headers: tuple[tuple[str, str], ...] = ()
+        if expected is not None:
+            headers = ((EXPECT_HEADER, f"{expected.size}-{expected.mtime_ns}"),)
+        async with self._client.request(
+            "DELETE", url, headers, patience=_REMOVE_SECONDS
+        ) as response:
+            if response.status == 409:
+                raise Refused(f"the peer keeps it{await _error_text(response)}", response.url)
+            await _expect(response, 200)
 
     @asynccontextmanager
     async def _ask(

@@ -1,0 +1,185 @@
+"""A node's stores without a node: paths, an Index, and what moves and removes files on them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from sectorfs.config import TimeoutsConfig
+from sectorfs.index.protocol import Declaration, FsStat, HealthReport, StorageInfo
+from sectorfs.stores.acquire import Acquirer
+from sectorfs.stores.local import LocalStore
+from sectorfs.stores.moving import Mover
+from sectorfs.stores.removal import Remover
+from sectorfs.stores.scan import file_facts
+from sectorfs.stores.space_ledger import SpaceLedger
+from sectorfs.stores.transfer import PeerClient
+from sectorfs.stores.turns import Turns
+from sectorfs.types import FileType, SectorFile, StorageID
+from sectorfs.wire.client import Client
+from tests.cluster_fixtures import mounted
+from tests.local_fixtures import (
+    URL,
+    SwitchedIndex,
+    declared,
+    make_path,
+    make_store,
+    put,
+    sector_file,
+    switched_index,
+)
+
+OWNER = "node-under-test"
+SEALED = sector_file(FileType.SEALED, 7)
+CACHE = sector_file(FileType.CACHE, 7)
+UNSEALED = sector_file(FileType.UNSEALED, 7)
+MEMBERS = {"p_aux": b"p" * 64, "t_aux": b"t" * 317, "sc-02-data-tree-d.dat": b"d" * 40_000}
+
+
+class Rig:
+    """The parts, and the paths by name."""
+
+    def __init__(self, root: Path, index: SwitchedIndex, client: Client, **changes: Any) -> None:
+        self.root = root
+        self.index = index
+        self.store: LocalStore = make_store(
+            index, account=lambda path: self.space.stat(path), **changes
+        )
+        self.space: SpaceLedger = SpaceLedger(self.store.paths, owner=OWNER)
+        self.turns = Turns()
+        self.remover = Remover(
+            index=index,
+            local=self.store,
+            turns=self.turns,
+            owner=OWNER,
+            cutoff=50,
+            deadline=1,
+        )
+        self.mover = Mover(
+            index=index,
+            local=self.store,
+            peers=PeerClient(client),
+            space=self.space,
+            remover=self.remover,
+            turns=self.turns,
+            owner=OWNER,
+            own_urls=frozenset({URL}),
+            deadline=1,
+        )
+        self.acquirer = Acquirer(
+            index=index,
+            local=self.store,
+            space=self.space,
+            mover=self.mover,
+        )
+        self.ids: dict[str, StorageID] = {}
+
+    def path(self, name: str) -> Path:
+        """Directory of a path."""
+        return self.root / name
+
+    async def add(self, name: str, **options: Any) -> StorageID:
+        """Initialise a directory (made already or not) and attach it."""
+        self.ids[name] = make_path(self.path(name), **options)
+        await self.store.attach(str(self.path(name)))
+        return self.ids[name]
+
+    async def put(
+        self,
+        name: str,
+        file: SectorFile,
+        content: bytes | dict[str, bytes] | None = None,
+        *,
+        primary: bool = True,
+    ) -> Path:
+        """Write a file on a path and declare it."""
+        if content is None:
+            content = MEMBERS if file.file_type.is_directory else b"sector" * 10_000
+        target = put(self.path(name), file, content)
+        facts = file_facts(str(self.path(name)), self.ids[name], file)
+        await self.index.declare([Declaration(file, self.ids[name], primary, facts)])
+        return target
+
+    async def holders(self, file: SectorFile) -> dict[str, bool]:
+        """Names of the paths that declare a file, and whether primary."""
+        found = {}
+        for name, storage in self.ids.items():
+            item = (await declared(self.index, storage)).get(file)
+            if item is not None:
+                found[name] = item.primary
+        return found
+
+    def litter(self) -> list[Path]:
+        """What lies below any ``fetching`` directory, or under a temporary name."""
+        return [
+            path
+            for name in self.ids
+            for path in self.path(name).rglob("*")
+            if "fetching" in path.parts[:-1] or path.name.endswith(".tmp")
+        ]
+
+    async def elsewhere(self, file: SectorFile, *, primary: bool, healthy: bool = True) -> None:
+        """Have another node's storage declare a file."""
+        storage = StorageID("elsewhere")
+        info = StorageInfo(storage=storage, urls=("http://127.0.0.1:9/remote",), can_store=True)
+        await self.index.attach(info, FsStat())
+        report = HealthReport(stat=FsStat(), error="" if healthy else "dead")
+        await self.index.report_health(storage, report)
+        await self.index.declare([Declaration(file, storage, primary, None)])
+
+
+@asynccontextmanager
+async def rig(root: Path, *names: str, **changes: Any) -> AsyncIterator[Rig]:
+    """Paths by name, all of which may store, and everything around them."""
+    async with switched_index(root) as index, Client(TimeoutsConfig()) as client:
+        found = Rig(root, index, client, **changes)
+        for name in names:
+            await found.add(name)
+        yield found
+        found.store.close()
+
+
+def content(path: Path) -> bytes | dict[str, bytes]:
+    """Bytes of a file, or of every file in a directory."""
+    if path.is_dir():
+        return {entry.name: entry.read_bytes() for entry in path.iterdir()}
+    return path.read_bytes()
+
+
+@contextmanager
+def file_system(root: Path, name: str, size: str = "64M", *, kind: str = "tmpfs") -> Iterator[Path]:
+    """A file system of its own, tmpfs or ext4 on a loop device, mounted at ``root/name``."""
+    at = root / name
+    if kind == "tmpfs":
+        with mounted("-t", "tmpfs", "-o", f"size={size}", "none", at=at):
+            yield at
+        return
+    image = root / f"{name}.img"
+    subprocess.run(["truncate", "-s", size, image], check=True)
+    subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
+    with mounted("-o", "loop", str(image), at=at):
+        yield at
+
+
+def blocks(path: Path) -> int:
+    """Bytes a file occupies."""
+    return os.stat(path).st_blocks * 512
+
+
+def there(path: Path) -> bool:
+    """Whether a name exists, be it a link to nothing."""
+    return os.path.lexists(path)
+
+
+def clone(source: Path, target: Path) -> None:
+    """Copy a file or directory with its times."""
+    subprocess.run(["cp", "-a", source, target], check=True)
+
+
+def one_file(path: Path) -> Path:
+    """A regular file: the path itself, or one in the directory."""
+    return path / "p_aux" if path.is_dir() else path
