@@ -9,6 +9,7 @@ path                                                   methods    needs
 ``/rpc/v0``                                            POST       a valid token; per method
 ``/remote/stat/{storage}``                             GET, HEAD  ``read``
 ``/remote/{type}/{sector}[?mincache]``                 GET, HEAD  ``read``
+``/remote/{type}/{sector}[?keep=ID.ID]``               DELETE     ``admin``
 ``/remote/{type}/{sector}/files``                      GET, HEAD  ``read``
 ``/remote/{type}/{sector}/files/{name}``               GET, HEAD  ``read``
 ``/remote/{type}/{sector}/{proof}/allocated/{o}/{n}``  GET, HEAD  ``read``
@@ -29,6 +30,7 @@ from sectorfs.errors import NotFound, SectorFSError
 from sectorfs.metrics import HTTP_REQUESTS
 from sectorfs.server.access import permissions, require
 from sectorfs.server.files import FileRoutes
+from sectorfs.server.removal import RemovalRoute, Removes
 from sectorfs.stores.protocol import LocalFiles
 from sectorfs.wire.messages import MethodRefused, Reply, Request, error_reply
 from sectorfs.wire.server import Handler
@@ -47,6 +49,8 @@ class _Route(msgspec.Struct, frozen=True):
     methods: tuple[str, ...] = ("GET", "HEAD")
     needs: Literal["nothing", "read", "read off loopback"] = "read"
     """`nothing` leaves the token to the route itself."""
+    remove: Callable[[Request], Awaitable[Reply]] | None = None
+    """Answers DELETE, which needs ``admin``."""
 
 
 def make_handler(
@@ -57,9 +61,13 @@ def make_handler(
     health: Callable[[], Mapping[str, Any]],
     status: Callable[[], str],
     deadline: float,
+    remover: Removes | None = None,
 ) -> Handler:
-    """The handler of a node's server; `deadline` bounds what waits for a disk."""
-    return _Routes(files, secret, rpc, health, status, deadline).handle
+    """The handler of a node's server; `deadline` bounds what waits for a disk.
+
+    Without a `remover` nothing can be deleted.
+    """
+    return _Routes(files, secret, rpc, health, status, deadline, remover).handle
 
 
 class _Routes:
@@ -71,6 +79,7 @@ class _Routes:
         health: Callable[[], Mapping[str, Any]],
         status: Callable[[], str],
         deadline: float,
+        remover: Removes | None,
     ) -> None:
         self._secret = secret
         self._rpc = rpc
@@ -85,6 +94,13 @@ class _Routes:
         }
         self._stat = _Route("stat", remote.stat)
         self._sector = _Route("sector", remote.sector)
+        if remover is not None:
+            self._sector = _Route(
+                "sector",
+                remote.sector,
+                ("GET", "HEAD", "DELETE"),
+                remove=RemovalRoute(remover).remove,
+            )
         self._listing = _Route("listing", remote.listing)
         self._member = _Route("member", remote.member)
         self._allocated = _Route("allocated", remote.allocated)
@@ -125,6 +141,9 @@ class _Routes:
         if request.method not in route.methods:
             allow = ", ".join(route.methods)
             raise MethodRefused(f"{request.method[:20]} is not offered", request.path, allow=allow)
+        if request.method == "DELETE" and route.remove is not None:
+            require(request, self._secret, "admin")
+            return await route.remove(request)
         if route.needs == "read" or (route.needs == "read off loopback" and not request.loopback):
             require(request, self._secret, "read")
         return await route.answer(request)
