@@ -15,7 +15,7 @@ from sectorfs.node.reports import StorageReport
 
 BAR_WIDTHS = (10, 50)
 """Cells of the narrowest and the widest bar."""
-BESIDE_BAR = 48
+BESIDE_BAR = 62
 """Columns for the figures beside a bar."""
 YELLOW, RED = 0.90, 0.98
 """Shares in use above which a bar is yellow, and red."""
@@ -66,9 +66,9 @@ def _head(storage: StorageReport) -> Text:
     purposes = [
         word for word, flag in (("seal", storage.can_seal), ("store", storage.can_store)) if flag
     ]
-    line = Text(_printable(storage.storage), style="bold")
+    line = Text().append(_printable(storage.storage), style="bold")
     idle = "closed" if storage.weight else "copies"
-    line.append(f"  {'+'.join(purposes) or idle}  weight {storage.weight}  ", style="not bold")
+    line.append(f"  {'+'.join(purposes) or idle}  weight {storage.weight}  ")
     health, style = ("ok", "green") if storage.healthy else ("unhealthy", "red")
     return line.append(health, style=style)
 
@@ -99,7 +99,7 @@ def _bar_line(used: int, reserved: int, whole: int, cells: int, figures: str) ->
     line.append("] ")
     line.append(f"{min(used * 100 // whole, 999):3d} %", style=style)
     line.append(f"  {figures}")
-    if reserved:
+    if reserved > 0:
         line.append(f", {size(reserved)} reserved")
     return line
 
