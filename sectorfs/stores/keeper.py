@@ -315,8 +315,9 @@ class Keeper:
                 names.add_odd(file.sector.name, look.reason)
             if isinstance(look, Facts):
                 if known is None or known.facts != look or known.primary < path.primary:
-                    # The first scan of a path meets millions of files that have long been quiet.
-                    if first and _is_old(look):
+                    # The first scan of a path meets millions of files that have long been quiet;
+                    # one that only became primary is as it was declared.
+                    if (first and _is_old(look)) or (known is not None and known.facts == look):
                         fresh.append((file, look))
                     else:
                         await self._let_settle(file, look)
