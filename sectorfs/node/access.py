@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -13,10 +15,12 @@ from sectorfs.index.catalog import Catalog
 from sectorfs.index.feed import Feed
 from sectorfs.node import connect, reports
 from sectorfs.node.admin import Admin, LocalAdmin
+from sectorfs.node.moves import local_moves
 from sectorfs.node.repo import Repo
 from sectorfs.node.rpc import NodeClient
 from sectorfs.stores import storage_list
 from sectorfs.stores.local import LocalStore
+from sectorfs.stores.space_ledger import SpaceLedger
 from sectorfs.stores.transfer import PeerClient
 from sectorfs.wire import tokens
 from sectorfs.wire.client import Client
@@ -96,7 +100,21 @@ async def _offline(repo: Repo) -> AsyncIterator[LocalAdmin]:
             config=config,
             caught_up=lambda: _load(feed),
             state=None,
+            moves=local_moves(
+                index=index,
+                local=local,
+                client=client,
+                space=SpaceLedger(local.paths, owner=_owner(repo)),
+                owner=_owner(repo),
+                own_urls=frozenset(urls),
+                config=config,
+            ),
         )
+
+
+def _owner(repo: Repo) -> str:
+    """Marks what a command leaves unfinished as this repo's: begun again, it clears that first."""
+    return hashlib.sha256(f"{socket.gethostname()}:{repo.root}".encode()).hexdigest()[:32]
 
 
 def peer_client(repo: Repo, config: Config, token: str) -> Client:

@@ -21,6 +21,7 @@ from sectorfs.index.catalog import Catalog
 from sectorfs.index.protocol import FsStat, SectorIndex, StorageStatus
 from sectorfs.node import reports
 from sectorfs.node.forget import DetachReport, detach_report, forget, last_copies
+from sectorfs.node.moves import LocalMoves, Moves
 from sectorfs.node.repo import Repo
 from sectorfs.node.settings import SettingsReport, not_here, settings_report
 from sectorfs.stores import metadata, storage_list
@@ -49,6 +50,10 @@ class PathSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 class Admin(Protocol):
     """Verbs on a node's storage paths."""
+
+    @property
+    def moves(self) -> Moves:
+        """Verbs on sector files."""
 
     async def attach(self, path: str, settings: PathSettings | None) -> StorageID:
         """Attach a directory and remember it; with settings, initialise it first."""
@@ -86,7 +91,9 @@ class LocalAdmin:
         config: Config,
         caught_up: Callable[[], Awaitable[None]],
         state: Callable[[SectorFile], str] | None,
+        moves: LocalMoves,
     ) -> None:
+        self.moves = moves
         self._repo = repo
         self._index = index
         self._catalog = catalog

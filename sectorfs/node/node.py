@@ -31,6 +31,7 @@ from sectorfs.index.protocol import SectorIndex
 from sectorfs.index.rpc import index_methods
 from sectorfs.node import connect, leftovers, reports, rpc, unmount
 from sectorfs.node.admin import LocalAdmin
+from sectorfs.node.moves import local_moves, move_methods
 from sectorfs.node.repo import Repo
 from sectorfs.node.stop import LastResort
 from sectorfs.server.routes import make_handler
@@ -40,6 +41,7 @@ from sectorfs.stores.lanes import Lane
 from sectorfs.stores.local import LocalStore
 from sectorfs.stores.protocol import OpenFile
 from sectorfs.stores.remote import RemoteStore
+from sectorfs.stores.space_ledger import SpaceLedger
 from sectorfs.stores.transfer import PeerClient
 from sectorfs.types import Facts, SectorFile, StorageID
 from sectorfs.wire.client import Client
@@ -251,9 +253,21 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             heartbeat=config.index.heartbeat,
             holders=lambda file: _holders(catalog, file),
             declared=lambda file, storage: _declared(catalog, file, storage),
+            account=lambda path: space.stat(path),
+            on_attach=lambda path: moves.remover.clear_leftovers(path),
         )
         peers = PeerClient(client)
         copies = await _open_copies(repo, config)
+        space = SpaceLedger(local.paths, owner=copies.storage)
+        moves = local_moves(
+            index=index,
+            local=local,
+            client=client,
+            space=space,
+            owner=copies.storage,
+            own_urls=frozenset((own_url,)),
+            config=config,
+        )
         store = RemoteStore(
             nursery=nursery,
             catalog=catalog,
@@ -274,6 +288,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             config=config,
             caught_up=lambda: _caught_up(index, feed),
             state=store.state,
+            moves=moves,
         )
         node = Node(
             repo=repo,
@@ -292,11 +307,13 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
                 [
                     *(index_methods(index) if connect.embedded(config) else ()),
                     *rpc.node_methods(admin, node.status),
+                    *move_methods(moves),
                 ]
             ),
             health=lambda: {"version": __version__, "index": feed.connected},
             status=lambda: f"sectorfs {__version__} at {api}\n",
             deadline=config.timeouts.disk,
+            remover=moves.remover,
         )
         limits = Limits(
             write_progress=config.timeouts.progress, body_progress=config.timeouts.progress

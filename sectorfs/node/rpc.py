@@ -14,6 +14,7 @@ from sectorfs.index import shapes
 from sectorfs.node import reports
 from sectorfs.node.admin import LocalAdmin, PathSettings
 from sectorfs.node.forget import DetachReport
+from sectorfs.node.moves import MovesClient
 from sectorfs.node.settings import SettingsReport
 from sectorfs.stores.keeper import ScanCounts
 from sectorfs.stores.path_changes import PathChanges
@@ -108,6 +109,7 @@ class NodeClient:
         self._url = url
         self._post = post
         self._last_id = 0
+        self.moves = MovesClient(url, lambda _, body, patience: post(body, patience))
 
     async def status(self) -> reports.StatusReport:
         """What the node does now."""
