@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import click
 
 from sectorfs import __version__
-from sectorfs.cli import auth, node, output, piece, sectors, storage
+from sectorfs.cli import auth, drain, node, output, piece, sectors, storage
 from sectorfs.cli.context import Settings, common
 from sectorfs.errors import BadInput, SectorFSError, from_os
 
@@ -41,6 +41,7 @@ for command in (
 ):
     sectorfs.add_command(command)
 sectors.sector.add_command(piece.piece)
+storage.storage.add_command(drain.drain)
 
 
 def run(arguments: Sequence[str]) -> int:
