@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
 import itertools
 import os
 import random
-import shutil
 import subprocess
 import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -440,28 +437,3 @@ GOOD = SECTOR_CID
 def test_texts_that_are_no_piece(text: str, reason: str) -> None:
     with pytest.raises(BadInput, match=reason):
         parse_piece_cid(text)
-
-
-@pytest.mark.bench
-def test_speed_of_commitments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Best of three over 64 MiB on one core, beside plain SHA-256 of the same bytes."""
-    data = random_bytes(64 * MIB)
-    file = tmp_path / "data"
-    file.write_bytes(data)
-    calls: dict[str, Callable[[], object]] = {
-        f"roots {method}": functools.partial(roots, data, BLOCK, method=method)
-        for method in METHODS
-    }
-    calls["commit (pads too)"] = lambda: commit(data)
-    calls["hashlib.sha256"] = lambda: hashlib.sha256(data).digest()
-    sha256sum = shutil.which("sha256sum")
-    assert sha256sum is not None
-    calls["sha256sum"] = lambda: subprocess.run([sha256sum, file], check=True, capture_output=True)
-    for name, call in calls.items():
-        times = []
-        for _ in range(1 if "hashlib" in name and "roots" in name else 3):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        with capsys.disabled():
-            print(f"\ncommp {name}: {len(data) / min(times) / 1e6:.0f} MB/s", end="")

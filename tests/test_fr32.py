@@ -9,7 +9,6 @@ import random
 import subprocess
 import sys
 import sysconfig
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -319,25 +318,3 @@ def test_a_damaged_window_tells_the_place_in_the_file() -> None:
     damaged[95] |= 0x80
     with pytest.raises(BadInput, match=f"unsealed: not fr32.*byte {one.offset + 95} "):
         one.cut(damaged, thing="unsealed")
-
-
-@pytest.mark.bench
-def test_speed_of_padding(capsys: pytest.CaptureFixture[str]) -> None:
-    """Best of five over 64 MiB, in bytes before padding."""
-    count = 1 << 19
-    data, out = random_bytes(127 * count), bytearray(128 * count)
-    back = bytearray(127 * count)
-    ways = {"native": native(), "integers": (fr32_integers.pad, fr32_integers.unpad)}
-    for name, (pad, unpad) in ways.items():
-        runs = 5 if name == "native" else 1
-        times = [(timed(pad, data, out), timed(unpad, out, back)) for _ in range(runs)]
-        rates = [len(data) / min(column) / 1e6 for column in zip(*times, strict=True)]
-        with capsys.disabled():
-            print(f"\nfr32 {name}: pad {rates[0]:.0f} MB/s, unpad {rates[1]:.0f} MB/s", end="")
-    assert back == data
-
-
-def timed(call: Callable[..., object], *args: object) -> float:
-    start = time.perf_counter()
-    call(*args)
-    return time.perf_counter() - start
