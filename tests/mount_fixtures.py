@@ -14,7 +14,7 @@ import msgspec
 import trio
 
 from sectorfs.config import MountConfig
-from sectorfs.errors import NotFound
+from sectorfs.errors import NoSource, NotFound
 from sectorfs.fuse.operations import Mount, SectorOperations
 from sectorfs.index.protocol import Declaration, FsStat, StorageInfo, StorageStatus
 from sectorfs.stores.lanes import Descriptor, Lane
@@ -163,6 +163,9 @@ class DirectoryStore:
                 finally:
                     self.waiting -= 1
         raise NotFound("nobody declares it", file)
+
+    async def learn(self, file: SectorFile) -> None:
+        raise NoSource("nobody tells of its files", file)
 
     def state(self, file: SectorFile) -> State:
         return self.states.get(file, "local")

@@ -439,6 +439,9 @@ class OneFile:
             lane=Lane(str(self.path), deadline=1),
         )
 
+    async def learn(self, file: SectorFile) -> None:
+        raise AssertionError("there is no directory to learn of")
+
     def state(self, file: SectorFile) -> State:
         return "local"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import tarfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -47,9 +49,10 @@ from tests.archive_fixtures import (
 from tests.index_fixtures import open_index
 from tests.local_fixtures import make_store
 from tests.tar_fixtures import stream
-from tests.wire_fixtures import QUICK, FolderFiles, open_fds, peer, read_request, wait_until
+from tests.wire_fixtures import QUICK, FolderFiles, open_fds, peer, read_request, says, wait_until
 
 CACHE = SectorFile(FileType.CACHE, SectorID(1000, 7))
+SEALED = SectorFile(FileType.SEALED, SectorID(1000, 7))
 PATH = f"/remote/{CACHE}"
 TIMEOUTS = TimeoutsConfig(connect=5, first_byte=5, progress=5, disk=5)
 
@@ -243,6 +246,62 @@ async def test_answers_that_are_no_directory(
             await it.fetch(f"{url}/remote")
 
 
+def hostile(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 3) -> bytes:
+    """A tar with one good file and then a member that no sector directory has."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for entry in (tarfile.TarInfo("p_aux"), tarfile.TarInfo(name)):
+            if entry.name == name:
+                entry.type, entry.linkname = kind, link
+            entry.size = size if entry.isreg() else 0
+            archive.addfile(entry, io.BytesIO(b"x" * entry.size))
+    return out.getvalue()
+
+
+def _strangers(root: Path) -> list[Path]:
+    """What no fetch should have made: links anywhere, files outside the cache path."""
+    links = [path for path in root.rglob("*") if path.is_symlink()]
+    outside = [path for path in root.iterdir() if path.name != "copies"]
+    far = Path("/etc/sectorfs-test")
+    return [*links, *outside, *([far] if far.exists() else [])]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        hostile("/etc/sectorfs-test"),
+        hostile("../p_aux"),
+        hostile("../../../sectorstore.json"),
+        hostile("a/../../t_aux"),
+        hostile("s-t01000-7/t_aux"),
+        hostile("t_aux", tarfile.SYMTYPE, "/etc/passwd"),
+        hostile("t_aux", tarfile.LNKTYPE, "p_aux"),
+        hostile("t_aux", tarfile.CHRTYPE),
+        hostile("t_aux", tarfile.FIFOTYPE),
+        hostile("t_aux", tarfile.DIRTYPE),
+        hostile("t_aux.tmp"),
+        hostile("p_aux~tar.tmp"),
+        hostile("t" * 300),
+        hostile("t_aux", size=10_241),
+        b"\xff" * 2048,
+        b"<html>" * 100,
+    ],
+)
+async def test_streams_of_hostile_peers_leave_nothing_but_known_files(
+    tmp_path: Path, body: bytes
+) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-tar\r\nContent-Length: %d\r\n\r\n"
+    before = open_fds()
+    async with peer(says(head % len(body) + body)) as url, receiver(tmp_path) as it:
+        kept = (it.copies.root / "sectorstore.json").read_bytes()
+        with pytest.raises((BadInput, SourceFailed)):
+            await it.fetch(f"{url}/remote")
+        assert set(it.received()) <= {"p_aux"}
+        assert (it.copies.root / "sectorstore.json").read_bytes() == kept
+        assert _strangers(tmp_path) == []
+    await wait_until(lambda: open_fds() == before)
+
+
 async def test_a_stream_that_stalls_is_given_up(tmp_path: Path) -> None:
     node = Foreign(PATH, FINALIZED, cut=600, stalls=True)
     async with foreign(node) as base, receiver(tmp_path, timeouts=QUICK) as it:
@@ -386,6 +445,47 @@ async def test_a_directory_of_another_programs_node_is_opened(
         assert {one.name: one.read_bytes() for one in path.iterdir()} == FINALIZED
 
 
+async def test_what_an_untold_directory_has_is_learnt(tmp_path: Path) -> None:
+    node = Foreign(PATH, FINALIZED, "lotus")
+    async with foreign(node) as base, reader(tmp_path) as it:
+        await it.store.learn(CACHE)  # nobody declares it: nothing to learn
+        await it.declare(base, "foreign", None)
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(it.store.learn, CACHE)
+        entry = it.catalog.entry(CACHE)
+        assert entry is not None
+        assert entry.facts is not None
+        assert [one.name for one in entry.facts.members or ()] == sorted(FINALIZED)
+        await it.store.learn(CACHE)
+        assert node.requests == [f"GET {PATH}"]
+
+
+async def test_what_cannot_be_learnt_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = Foreign(PATH, {"p_aux": b"p" * 64}, "lotus")
+    async with foreign(node) as base, reader(tmp_path) as it:
+        await it.declare(base, "foreign", None)
+        with pytest.raises(NoSource, match="no end"):
+            await it.store.learn(CACHE)
+        node.files = FINALIZED
+        monkeypatch.setattr("sectorfs.stores.remote.LEARN_SECONDS", 0)
+        monkeypatch.setattr(Copies, "is_received", _not_yet)
+        with pytest.raises(Unreachable, match="Index does not tell"):
+            await it.store.learn(CACHE)
+        requests = len(node.requests)
+        with pytest.raises(Unreachable, match="Index does not tell"):
+            await it.store.learn(CACHE)
+        assert len(node.requests) == requests
+        assert await it.read("p_aux") == FINALIZED["p_aux"]
+
+
+async def _not_yet(copies: Copies, file: SectorFile, facts: Facts) -> bool:
+    await trio.lowlevel.checkpoint()
+    return False
+
+
 async def test_many_readers_wait_for_one_tar(tmp_path: Path) -> None:
     node = Foreign(PATH, COMPLETE, "lotus")
     async with foreign(node) as base, reader(tmp_path) as it:
@@ -423,6 +523,10 @@ async def test_a_file_that_no_node_of_an_untold_directory_has(tmp_path: Path) ->
             await it.read("other")
         with pytest.raises(NotFound, match="is a directory"):
             await it.store.open(CACHE)
+        await it.index.declare([Declaration(SEALED, StorageID("foreign"), True, Facts(1, 1))])
+        await wait_until(lambda: it.catalog.entry(SEALED) is not None)
+        with pytest.raises(NotFound, match="is not a directory"):
+            await it.store.open(SEALED, "p_aux")
 
 
 async def test_our_own_nodes_come_first_file_by_file(tmp_path: Path) -> None:

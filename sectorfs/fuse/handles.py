@@ -140,6 +140,18 @@ class Handles:
         self._inodes.unpin(file.number)
         file.opened.close()
 
+    async def learn(self, number: int) -> bool:
+        """Find out what a directory holds that nobody told of; False when that was not needed.
+
+        Nodes of other programs declare sectors without a word on their files. An empty listing
+        would be a lie that makes copies of the tree incomplete.
+        """
+        file = self._tree.untold(number)
+        if file is None:
+            return False
+        await self._store.learn(file)
+        return True
+
     def open_directory(self, number: int) -> int:
         """Take a snapshot of a directory's names and return its handle."""
         listing = self._tree.listing(number)

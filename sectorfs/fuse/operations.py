@@ -150,6 +150,8 @@ class SectorOperations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         """Find a name; one that does not exist may be remembered for a second."""
         found = self.tree.lookup(parent_inode, name)
+        if found is None and await self.handles.learn(parent_inode):
+            found = self.tree.lookup(parent_inode, name)
         if found is None:
             return _no_such_entry()
         if found.key is not None:
@@ -185,6 +187,7 @@ class SectorOperations(pyfuse3.Operations):
         self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.FileHandleT:
         """Take a snapshot of a directory."""
+        await self.handles.learn(inode)
         return self.handles.open_directory(inode)
 
     @replies

@@ -175,6 +175,14 @@ class Tree:
         content = Content(facts_of_file.size, facts_of_file.mtime_ns) if facts_of_file else None
         return InodeKey(file, None, content)
 
+    def untold(self, number: int) -> SectorFile | None:
+        """The sector directory behind an inode when nobody told which files it has, else None."""
+        if number == ROOT or number_type(number) is not None:
+            return None
+        key = self.held(number)
+        entry = self._catalog.entry(key.file) if key.is_directory else None
+        return key.file if entry is not None and entry.facts is None else None
+
     def declared(self, file: SectorFile, member: str | None, storage: StorageID) -> Content | None:
         """What one storage said of its copy; None when it said nothing."""
         entry = self._catalog.entry(file)

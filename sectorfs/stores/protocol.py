@@ -88,5 +88,11 @@ class SectorStore(Protocol):
         `NotFound` when nobody declares it, `NoSource` (with every cause) when nobody can give it.
         """
 
+    async def learn(self, file: SectorFile) -> None:
+        """Find out which files a sector directory has that nobody told of; errors as `open`.
+
+        The catalog knows them afterwards. Returns at once for anything else.
+        """
+
     def state(self, file: SectorFile) -> State:
         """Where a sector file is now."""

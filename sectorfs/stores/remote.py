@@ -57,6 +57,9 @@ ROUNDS = 3
 """How often an open fetches again when the copy is gone, or another content declared, meanwhile."""
 LEARNED = 4096
 """Sector files whose facts are remembered until the Index tells them too."""
+LEARN_SECONDS = 5.0
+"""For so long what came may take to be in the catalog."""
+LEARN_STEP = 0.02
 FAILING_SECONDS = 15.0
 """For so long a peer that failed is tried last."""
 
@@ -143,6 +146,21 @@ class RemoteStore:
             facts = entry.facts or self._learned.get(file)
             return await self._open_fetched(file, member, facts, causes)
         raise self._no_source(file, member, causes)
+
+    async def learn(self, file: SectorFile) -> None:
+        """Fetch a directory whose files nobody told of: there is no other way to know them."""
+        entry = self._catalog.entry(file)
+        if entry is None or entry.facts is not None or not file.file_type.is_directory:
+            return
+        if file not in self._learned:
+            flight = await self._fly(file, None)
+            if flight.causes is not None:
+                raise self._no_source(file, None, flight.causes)
+        with trio.move_on_after(LEARN_SECONDS):
+            while self._facts(file) is None:  # noqa: ASYNC110 - the catalog calls nobody here
+                await trio.sleep(LEARN_STEP)
+            return
+        raise Unreachable("has come, but the Index does not tell of it yet", file, "try again")
 
     def state(self, file: SectorFile) -> State:
         """Where a sector file is, seen from this node."""
