@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import tarfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -26,7 +27,7 @@ from sectorfs.errors import (
 )
 from sectorfs.index.catalog import Catalog
 from sectorfs.index.feed import Feed
-from sectorfs.index.protocol import Declaration, FsStat, SectorIndex, StorageInfo
+from sectorfs.index.protocol import Declaration, FsStat, LocationKey, SectorIndex, StorageInfo
 from sectorfs.metrics import SOURCE_FAILURES
 from sectorfs.stores import archives, metadata
 from sectorfs.stores.archives import fetch_directory
@@ -471,14 +472,33 @@ async def test_what_cannot_be_learnt_is_an_error(
             await it.store.learn(CACHE)
         node.files = FINALIZED
         monkeypatch.setattr("sectorfs.stores.remote.LEARN_SECONDS", 0)
-        monkeypatch.setattr(Copies, "is_received", _not_yet)
-        with pytest.raises(Unreachable, match="Index does not tell"):
-            await it.store.learn(CACHE)
+        with monkeypatch.context() as away:
+            away.setattr(Copies, "is_received", _not_yet)
+            with pytest.raises(Unreachable, match="Index does not tell"):
+                await it.store.learn(CACHE)
+            assert await it.read("p_aux") == FINALIZED["p_aux"]
         requests = len(node.requests)
-        with pytest.raises(Unreachable, match="Index does not tell"):
-            await it.store.learn(CACHE)
+        monkeypatch.setattr("sectorfs.stores.remote.LEARN_SECONDS", 10)
+        await it.store.learn(CACHE)  # is told now, and not fetched again
         assert len(node.requests) == requests
-        assert await it.read("p_aux") == FINALIZED["p_aux"]
+
+
+async def test_a_learnt_directory_that_was_removed_is_learnt_again(tmp_path: Path) -> None:
+    node = Foreign(PATH, FINALIZED, "lotus")
+    async with foreign(node) as base, reader(tmp_path) as it:
+        await it.declare(base, "foreign", None)
+        await it.store.learn(CACHE)
+        shutil.rmtree(it.copies.path_of(CACHE))
+        await it.index.drop([LocationKey(CACHE, it.copies.storage)])
+
+        def untold() -> bool:
+            entry = it.catalog.entry(CACHE)
+            return entry is not None and entry.facts is None
+
+        await wait_until(untold)
+        await it.store.learn(CACHE)
+        assert not untold()
+        assert len(node.requests) == 2
 
 
 async def _not_yet(copies: Copies, file: SectorFile, facts: Facts) -> bool:

@@ -152,7 +152,10 @@ class RemoteStore:
         entry = self._catalog.entry(file)
         if entry is None or entry.facts is not None or not file.file_type.is_directory:
             return
-        if file not in self._learned:
+        known = self._learned.get(file)
+        if known is not None and await self._is_here(file, known):
+            self._announcer.add(file, known)  # the Index may have been away the first time
+        else:
             flight = await self._fly(file, None)
             if flight.causes is not None:
                 raise self._no_source(file, None, flight.causes)
@@ -181,6 +184,10 @@ class RemoteStore:
     def fetches(self) -> list[Fetch]:
         """Flights under way."""
         return [flight.fetch for flight in self._flights.values()]
+
+    async def _is_here(self, file: SectorFile, facts: Facts) -> bool:
+        """Whether a fetched directory still lies in the cache path."""
+        return await self._copies.exists(file) or await self._copies.is_received(file, facts)
 
     def _is_arriving(self, file: SectorFile) -> bool:
         return any(key[0] == file for key in self._flights)
