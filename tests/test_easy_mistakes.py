@@ -52,6 +52,7 @@ from tests.local_fixtures import (
     sector_file,
     switched_index,
 )
+from tests.moving_fixtures import rig
 from tests.tar_fixtures import read, unterminated
 from tests.wire_fixtures import FolderFiles, peer, read_request
 
@@ -220,11 +221,26 @@ async def test_08_a_tar_without_a_file_is_not_a_whole_directory(tmp_path: Path) 
     assert not await copies.exists(CACHE)
 
 
-def test_09_ids_to_keep_are_joined_by_dots_so_no_id_has_one() -> None:
+async def test_09_ids_to_keep_are_joined_by_dots_so_no_id_has_one(tmp_path: Path) -> None:
     assert parse_storage_id("0d1b5b9c-63f4-4b8b-9b7e-2f1f6c1a7c11")
     for text in ("a.b", "a/b", "a b", "", "a&b"):
         with pytest.raises(ValueError, match="not a storage id"):
             parse_storage_id(text)
+    asked: list[bytes] = []
+
+    async def script(stream: trio.SocketStream) -> None:
+        asked.append((await read_request(stream)).split(b"\r\n")[0])
+        await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    async with peer(script) as url, Client(TIMEOUTS) as client:
+        keep = (StorageID("a"), StorageID("b"))
+        await PeerClient(client).remove(f"{url}/remote", SEALED, keep=keep)
+    assert asked == [b"DELETE /remote/sealed/s-t01000-7?keep=a.b HTTP/1.1"]
+    async with rig(tmp_path, "shared", "private") as it:
+        for name in ("shared", "private"):
+            await it.put(name, SEALED)
+        await it.remover.remove(SEALED, keep=(it.ids["shared"],), force=False)
+        assert await it.holders(SEALED) == {"shared": True}
 
 
 # Stores
@@ -335,6 +351,17 @@ async def test_16_primary_is_can_store_on_scan_and_only_upgraded(tmp_path: Path)
             assert (await declared(opened, storage))[SEALED].primary is can_store
             await opened.declare([held(storage, SEALED, primary=not can_store)])
             assert (await declared(opened, storage))[SEALED].primary is True
+
+
+async def test_17_a_move_from_a_path_that_may_store_is_a_move(tmp_path: Path) -> None:
+    async with rig(tmp_path, "one", "two") as it:
+        source = await it.put("one", SEALED)
+        data = source.read_bytes()
+        moved = await it.mover.move(SEALED, it.ids["two"])
+        assert moved.source == it.ids["one"]
+        assert await it.holders(SEALED) == {"two": True}
+        assert not source.exists()
+        assert (it.path("two") / str(SEALED)).read_bytes() == data
 
 
 async def test_18_heartbeats_govern_placement_and_not_what_is_found(tmp_path: Path) -> None:
