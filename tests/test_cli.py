@@ -587,7 +587,8 @@ def test_cache_path_is_neither_attached_nor_detached_by_hand(
         node.start()
         cache = f"{repo.root}/cache"
         refused(say, ["storage", "attach", cache], 4, cache, "cache path")
-        [shown] = fine(say("storage", "list", "--json")).json()
+        # It is attached by itself, a moment after the node announced itself.
+        [shown] = until("the cache path", lambda: say("storage", "list", "--json").json())
         assert (shown["path"], shown["can_store"], shown["can_seal"]) == (cache, False, False)
         for target in (cache, shown["storage"]):
             refused(say, ["storage", "detach", target], 4, target, "cache path")
@@ -759,6 +760,7 @@ def test_status_of_a_node(say: Say, repo: Repo, tmp_path: Path) -> None:
     with cluster(tmp_path, "repo") as [node]:
         node.start()
         path = node.disk()
+        until("the cache path", lambda: len(say("storage", "list", "--json").json()) == 2)
         shown = fine(say("status", "--json")).json()
         assert set(shown) == STATUS_KEYS
         assert (shown["running"], shown["version"]) == (True, __version__)
