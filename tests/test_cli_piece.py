@@ -55,17 +55,23 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
         yield Pair(tmp_path, asker, owner)
 
 
-@pytest.fixture
-def say(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[Say]:
-    """Verbs on a node that has a partial file itself."""
-    with cluster(tmp_path, "node") as [node]:
+@pytest.fixture(scope="module")
+def gappy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """A node that has a file with gaps."""
+    root = tmp_path_factory.mktemp("gappy")
+    with cluster(root, "node") as [node]:
         configure(node)
         node.start()
-        disk = tmp_path / "disk"
-        write(disk / "unsealed/s-t01000-1", partial(Runs.of([(0, 1024), (4096, SIZE)])))
-        write(disk / "sealed/s-t01000-4", PADDED)
-        attach(node, disk)
-        yield sayer(node.repo, capfd)
+        write(root / "disk/unsealed/s-t01000-1", partial(Runs.of([(0, 1024), (4096, SIZE)])))
+        write(root / "disk/sealed/s-t01000-4", PADDED)
+        attach(node, root / "disk")
+        yield node
+
+
+@pytest.fixture
+def say(gappy: Node, capfd: pytest.CaptureFixture[str]) -> Say:
+    """Verbs on that node."""
+    return sayer(gappy.repo, capfd)
 
 
 def command(node: Node, sector: str, offset: int, size: int) -> list[str]:
