@@ -20,7 +20,7 @@ from sectorfs.cli.context import Location, Settings, common, run_async
 from sectorfs.config import Config
 from sectorfs.errors import BadInput, Unreachable
 from sectorfs.node import access, unmount
-from sectorfs.node.node import run_node
+from sectorfs.node.running import run_node
 
 IGNORED_OPTIONS = (
     "ro",

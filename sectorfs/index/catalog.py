@@ -115,6 +115,19 @@ class Catalog:
         """What is known of a sector file; None when nobody declares it."""
         return self._entries.get(file)
 
+    def holders(self, file: SectorFile) -> tuple[StorageID, ...]:
+        """The storages that declare a sector file."""
+        entry = self._entries.get(file)
+        return tuple(one.storage for one in entry.declarations) if entry else ()
+
+    def declared(self, file: SectorFile, storage: StorageID) -> Facts | None:
+        """What one storage told of a sector file; None when it told nothing."""
+        entry = self._entries.get(file)
+        for one in entry.declarations if entry else ():
+            if one.storage == storage:
+                return one.facts
+        return None
+
     def sectors(self, file_type: FileType) -> tuple[SectorID, ...]:
         """The sectors that have a file of a type, ascending."""
         return self._names[file_type].shown()

@@ -1,0 +1,91 @@
+"""The life of a node's process: ready, until it is told to stop or its mount ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import trio
+
+from sectorfs.config import Config
+from sectorfs.fuse import mounts
+from sectorfs.fuse.operations import Mount
+from sectorfs.node import unmount
+from sectorfs.node.node import open_node
+from sectorfs.node.repo import Repo
+from sectorfs.node.stop import LastResort
+from sectorfs.stores.lanes import Lane
+
+log = logging.getLogger(__name__)
+
+MOUNT_SECONDS = 15.0
+"""A new mount must answer within this time."""
+
+
+async def run_node(
+    repo: Repo,
+    config: Config,
+    mountpoint: Path | None,
+    ready: Callable[[], None] | None = None,
+) -> None:
+    """Run a node until SIGTERM, SIGINT, or until its mount is unmounted."""
+    resort = LastResort(lambda: _release(repo, mountpoint))
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(_stop_on_signal, nursery.cancel_scope, resort)
+            async with open_node(repo, config, mountpoint) as node:
+                ended = trio.Event()
+                async with trio.open_nursery() as serving:
+                    if node.mount is not None:
+                        serving.start_soon(_serve_mount, node.mount, ended)
+                        await _wait_answer(node.mount.path)
+                    repo.write_api(node.api)
+                    try:
+                        log.info("node %s is ready", node.api)
+                        if ready is not None:
+                            ready()
+                        await ended.wait()
+                    finally:
+                        repo.remove_api()
+            nursery.cancel_scope.cancel()
+    finally:
+        resort.call_off()
+
+
+async def _serve_mount(mount: Mount, ended: trio.Event) -> None:
+    """Answer the kernel; the node ends with its mount."""
+    await mount.run()
+    ended.set()
+
+
+async def _wait_answer(mountpoint: str) -> None:
+    """Return once the mount answers; the kernel's own request goes through the loop."""
+    lane = Lane(mountpoint, deadline=MOUNT_SECONDS, width=1)
+    await lane.run(lambda: os.stat(mountpoint), what="first look at the mount")
+
+
+async def _stop_on_signal(
+    scope: trio.CancelScope,
+    resort: LastResort,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for number in signals:
+            log.info("%s: stopping", signal.Signals(number).name)
+            resort.arm()
+            scope.cancel()
+            return
+
+
+def _release(repo: Repo, mountpoint: Path | None) -> None:
+    """What the last resort does: no request may hang in a mount of ours."""
+    if mountpoint is None:
+        return
+    mount = mounts.find_mount(mountpoint)
+    if mount is not None and mount.source == unmount.source_of(repo):
+        mounts.abort(mount.minor)
+        mounts.detach(mountpoint)

@@ -1,0 +1,103 @@
+"""The parts of a running node, and what they are doing: `sectorfs status`."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+
+from sectorfs import __version__
+from sectorfs.config import Config
+from sectorfs.errors import Unreachable
+from sectorfs.fuse.operations import Mount, SectorOperations
+from sectorfs.index.catalog import Catalog, FileChange
+from sectorfs.index.feed import Feed
+from sectorfs.node import reports
+from sectorfs.node.admin import LocalAdmin
+from sectorfs.node.repo import Repo
+from sectorfs.stores.local import LocalStore
+from sectorfs.stores.remote import RemoteStore
+
+log = logging.getLogger(__name__)
+
+
+class Node:
+    """The parts of a running node that its status shows."""
+
+    def __init__(
+        self,
+        *,
+        repo: Repo,
+        config: Config,
+        api: str,
+        catalog: Catalog,
+        feed: Feed,
+        local: LocalStore,
+        store: RemoteStore,
+        admin: LocalAdmin,
+    ) -> None:
+        self.repo = repo
+        self.config = config
+        self.api = api
+        self.catalog = catalog
+        self.feed = feed
+        self.local = local
+        self.store = store
+        self.admin = admin
+        self.operations: SectorOperations | None = None
+        self.mount: Mount | None = None
+
+    def on_change(self, changes: Sequence[FileChange]) -> None:
+        """The catalog changed: tell the kernel."""
+        if self.operations is not None:
+            self.operations.notifications.changed(changes)
+
+    async def status(self) -> reports.StatusReport:
+        """What the node does now."""
+        files = self.operations.handles.open_files if self.operations else 0
+        storages = await self._storages()
+        problems = [f"storage {item.storage}: {item.error}" for item in storages if item.error]
+        problems += [f"not attached: {why}" for why in self.local.waiting().values()]
+        if not self.feed.connected:
+            problems.append(f"the Index at {self.config.index.url} does not answer")
+        return reports.StatusReport(
+            running=True,
+            version=__version__,
+            pid=os.getpid(),
+            repo=str(self.repo.root),
+            api=self.api,
+            mount=reports.MountReport(path=self.mount.path, mode="ro", passthrough="off")
+            if self.mount
+            else None,
+            index=reports.IndexReport(
+                url=self.config.index.url,
+                connected=self.feed.connected,
+                seq=self.catalog.seq,
+                age=self.feed.age if math.isfinite(self.feed.age) else None,
+            ),
+            storages=storages,
+            files=reports.FilesReport(open=files, passthrough=0, daemon=files, stream=0),
+            fetches=[
+                reports.FetchReport(
+                    sector=fetch.file.sector.name,
+                    file_type=fetch.file.file_type.dir_name,
+                    member=fetch.member,
+                    done=fetch.done,
+                    size=fetch.size,
+                    source=fetch.source,
+                )
+                for fetch in self.store.fetches()
+            ],
+            scans=await self.admin.scans(),
+            problems=problems,
+        )
+
+    async def _storages(self) -> list[reports.StorageReport]:
+        """Of the Index, or of the catalog while the Index is away."""
+        if self.feed.connected:
+            try:
+                return await self.admin.storages()
+            except Unreachable:
+                log.debug("status: the Index does not answer, showing the catalog")
+        return self.admin.storages_known()
