@@ -333,7 +333,7 @@ def test_dead_storage_is_detached_while_no_node_runs(
     until("its death", lambda: "heartbeat" not in say("storage", "detach", "gone").err)
     refused(say("storage", "detach", "gone"), 4, "sealed/s-t01000-9")
     said = fine(say("storage", "detach", "gone", "--force"))
-    assert said.out == ("detached gone\n1 files of 1 sectors have no other copy: s-t01000-9\n")
+    assert said.out == ("detached gone\n1 sector file has no other copy, of s-t01000-9\n")
     refused(say("storage", "detach", "gone"), 3)
 
 

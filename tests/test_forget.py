@@ -87,6 +87,17 @@ def silent(peer: FalsePeer) -> Behaviour:
     return behaviour
 
 
+def trickling(peer: FalsePeer) -> Behaviour:
+    """A peer whose answer has no end."""
+
+    def behaviour(connection: socket.socket, path: str) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n")
+        while not peer.gate.wait(0.05):
+            connection.sendall(b" ")
+
+    return behaviour
+
+
 def status(line: str, body: bytes = b"") -> bytes:
     return f"HTTP/1.1 {line}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
 
@@ -158,6 +169,7 @@ async def test_silence_is_death(world: World) -> None:
     with ExitStack() as stack:
         answers = (
             silent,
+            trickling,
             says(status("404 Not Found")),
             says(b"SSH-2.0-x\r\n"),
             lambda peer: lambda connection, path: None,

@@ -48,7 +48,7 @@ class Names(click.ParamType[tuple[str, ...]]):
 @click.group()
 @common
 def storage(settings: Settings) -> None:
-    """Storage paths: attach, detach, scan, list, find."""
+    """Storage paths: attach, detach, set, scan, list, find."""
 
 
 @storage.command()
@@ -114,10 +114,8 @@ def detach(settings: Settings, target: str, force: bool) -> None:
         return
     click.echo(f"detached {target}")
     if report.lost:
-        click.echo(
-            f"{report.lost} files of {len(report.lost_sectors)} sectors have no other copy: "
-            f"{_some(report.lost_sectors)}"
-        )
+        files = "1 sector file has" if report.lost == 1 else f"{report.lost} sector files have"
+        click.echo(f"{files} no other copy, of {_some(report.lost_sectors)}")
 
 
 @storage.command("set")
