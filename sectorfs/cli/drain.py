@@ -73,6 +73,11 @@ def drain(settings: Settings, target: str, to: str | None) -> int:
 async def _drain(admin: Admin, target: str, to: str | None) -> DrainReport:
     storage = await storage_named(admin, target)
     chosen = await storage_named(admin, to) if to is not None else None
+    return await drain_storage(admin, storage, chosen)
+
+
+async def drain_storage(admin: Admin, storage: StorageID, chosen: StorageID | None) -> DrainReport:
+    """Move what a storage declares until nothing is left but what could not be moved."""
     report = DrainReport(storage)
     tried: set[tuple[str, str]] = set()
     while True:
