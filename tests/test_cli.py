@@ -695,6 +695,8 @@ def test_verbs_on_the_directory_and_a_node_started_later_agree(
         fine(say("storage", "detach", str(tmp_path / "disk1")))
         write(tmp_path / "disk2" / "sealed" / "s-t01000-9", b"later")
         until("the new file", lambda: say("storage", "find", "s-t01000-9").code == 0)
+        # The node's own view follows the Index a moment later.
+        until("its count", lambda: [item["files"]["sealed"] for item in shown()] == [2])
         after = shown()
         node.stop()
     assert shown() == after
