@@ -22,6 +22,8 @@ from tests.bench.runner import ENOUGH_PAIRS, PAIRS, Row, Side, Work, measure, se
 from tests.bench.stage import NEEDED, Stage
 from tests.bench.works import WORKS
 
+MOST_PAIRS = 500
+"""Each takes remote files of its own, which are hard links; ext4 allows 65 000 to a file."""
 JSON = Path(__file__).parent.parent.parent / "build" / "bench.json"
 
 
@@ -78,8 +80,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _count(text: str) -> int:
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("at least 1")
+    if not 1 <= number <= MOST_PAIRS:
+        raise argparse.ArgumentTypeError(f"between 1 and {MOST_PAIRS}")
     return number
 
 
@@ -105,7 +107,7 @@ def _run(
     _interruptible()
     measured: list[Row] = []
     root = Path(tempfile.mkdtemp(prefix=PREFIX, dir=directory)).resolve()
-    with watched(root), Stage(root) as stage:
+    with watched(root), Stage(root, links=2 * (pairs + 1) * len(rows)) as stage:
         for place, (work, peer) in enumerate(rows, 1):
             print(f"{place}/{len(rows)} {work.title}: {peer.name}", end=" ", file=sys.stderr)
             sys.stderr.flush()

@@ -81,14 +81,14 @@ def _work(name: str, title: str, ours: str, call: Callable[[Stage], float]) -> W
 
 
 WORKS: tuple[Work[Stage], ...] = (
-    _work("fr32-pad", "fr32: pad 127 MiB", "sectorfs", pad),
-    _work("fr32-unpad", "fr32: unpad 127 MiB", "sectorfs", unpad),
+    _work("fr32-pad", "fr32: pad", "sectorfs", pad),
+    _work("fr32-unpad", "fr32: unpad", "sectorfs", unpad),
     _work("fr32-python", "fr32: pad, without the native module", "sectorfs", pad_integers),
-    _work("commp", "CommP of 127 MiB, padding included", "sectorfs", commit),
+    _work("commp", "CommP, padding included", "sectorfs", commit),
     *(
         _work(
             f"commp-{method}",
-            f"CommP's tree of 128 MiB, {method}",
+            f"CommP's tree alone, {method}",
             "sectorfs",
             partial(tree, method),
         )

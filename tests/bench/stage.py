@@ -31,8 +31,6 @@ LISTED = 20_000
 OPENED = 2_000
 """Small files that are opened one after another."""
 SMALL = 8192
-LINKS = 400
-"""Remote files to fetch; enough for the rows of one run."""
 PAYLOAD = 127 << 20
 """Bytes that are padded and hashed."""
 NEEDED = 5 * GIB
@@ -44,8 +42,9 @@ BIG_DIR, LISTED_DIR, OPENED_DIR = "update", "sealed", "unsealed"
 class Stage:
     """Everything a run needs, below one directory; ends it all in reverse order."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, links: int) -> None:
         self.root = root
+        self._link_count = links
         self._stack = ExitStack()
         self._made: dict[str, object] = {}
         self._links = itertools.count(1)
@@ -128,7 +127,7 @@ class Stage:
         with big.open("wb") as file:
             for _ in range(BIG >> 20):
                 file.write(source.randbytes(1 << 20))
-        for number in range(1, LINKS + 1):
+        for number in range(1, self._link_count + 1):
             (disk / BIG_DIR / f"s-t01000-{number}").hardlink_to(big)
         os.sync()  # nothing is written back in the middle of a measurement
         return disk
@@ -150,7 +149,7 @@ class Stage:
         return node
 
     def _wait_for_files(self, node: Node) -> None:
-        wanted = {LISTED_DIR: LISTED, OPENED_DIR: OPENED, BIG_DIR: LINKS + 1}
+        wanted = {LISTED_DIR: LISTED, OPENED_DIR: OPENED, BIG_DIR: self._link_count + 1}
 
         def complete() -> bool:
             try:

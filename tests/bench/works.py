@@ -183,7 +183,7 @@ def sshfs_copy(stage: Stage, name: str, target: Path) -> float:
 
 def _views(call: Callable[[str, Stage], float]) -> tuple[Side[Stage], tuple[Side[Stage], ...]]:
     """A work on files of this node: through sectorfs, and through what else shows them."""
-    names = {"bare": "bare files", "mergerfs": "mergerfs", "bindfs": "bindfs"}
+    names = {"bare": "bare files", "mergerfs": "mergerfs (auto-full)", "bindfs": "bindfs"}
     peers = tuple(Side(text, partial(call, view)) for view, text in names.items())
     return Side("sectorfs", partial(call, "sectorfs")), peers
 
@@ -204,9 +204,9 @@ WORKS: tuple[Work[Stage], ...] = (
     _view_work("ls-again", "ls -l of 20 000 entries, again", "entries/s", list_again),
     Work(
         "fetch",
-        "fetch a remote 1 GiB file whole",
+        "fetch a remote 1 GiB file whole (sectorfs: synced)",
         "MB/s",
-        Side("sectorfs (synced)", fetch_sectorfs),
+        Side("sectorfs", fetch_sectorfs),
         (
             Side("curl -o", partial(fetched, curl)),
             Side("curl -o, sync", partial(fetched, curl_synced)),
