@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -17,18 +18,25 @@ from pathlib import Path
 import pytest
 
 from sectorfs.cli.drain import drain_storage
-from sectorfs.types import StorageID
+from sectorfs.types import Facts, StorageID
 from sectorfs.wire import tokens
 from tests.cluster import Node, cluster, run, until
 from tests.cluster_fixtures import (
+    OLD_NS,
     Background,
+    Behaviour,
+    FalsePeer,
     ask,
     attach,
+    cache_of,
     configure,
+    declare_at,
+    false_peer,
     free_port,
     locations,
     mounted,
     noise,
+    octets,
     put,
     sector_file,
     storages,
@@ -338,6 +346,30 @@ def test_a_full_destination_leaves_the_source(tmp_path: Path) -> None:
             assert drained.returncode == 1
             assert set(locations(one, "sealed/s-t01000-1")) == {origin}
             assert list((small / "path").rglob("s-t0*")) == []
+
+
+@pytest.mark.mount
+def test_a_fetch_is_counted_until_it_ends(tmp_path: Path) -> None:
+    def stalls(peer: FalsePeer) -> Behaviour:
+        def behave(connection: socket.socket, path: str) -> None:
+            connection.sendall(octets(SIZE) + b"x" * 1000)
+            peer.gate.wait(30)
+
+        return behave
+
+    with cluster(tmp_path, "one") as (one,), false_peer(stalls) as peer:
+        configure(one, **BEAT, timeouts={"progress": 20})
+        one.start(mount=True)
+        declare_at(one, "far", peer.url, {"sealed/s-t01000-1": Facts(SIZE, OLD_NS)})
+        path = one.mountpoint / "sealed" / "s-t01000-1"
+        until("the file", path.exists)
+        reader = Background(path.read_bytes)
+        cache = cache_of(one)
+        until("the fetch to be counted", lambda: storages(one)[cache].reserved > SIZE // 2)
+        peer.close()
+        outcome, _ = reader.result()
+        assert isinstance(outcome, OSError)
+        until("its end to be counted", lambda: storages(one)[cache].reserved == 0)
 
 
 # --- kill -9 ---

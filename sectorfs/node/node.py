@@ -125,6 +125,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             parallel=config.peers.parallel,
             cutoff=config.index.cutoff,
             own_urls=frozenset((own_url,)),
+            space=space,
         )
         admin = LocalAdmin(
             repo=repo,

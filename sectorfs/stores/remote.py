@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import msgspec
 import trio
@@ -27,8 +27,11 @@ import trio
 from sectorfs import metrics
 from sectorfs.errors import (
     DiskError,
+    DiskFull,
     NoSource,
     NotFound,
+    PermissionRefused,
+    Refused,
     SectorFSError,
     SourceFailed,
     StorageUnavailable,
@@ -42,6 +45,8 @@ from sectorfs.stores.archives import fetch_directory
 from sectorfs.stores.copies import Copies
 from sectorfs.stores.local import LocalStore
 from sectorfs.stores.protocol import OpenFile, State
+from sectorfs.stores.reservation import Claim
+from sectorfs.stores.space_ledger import SpaceLedger
 from sectorfs.stores.transfer import PeerClient
 from sectorfs.types import Facts, MemberFacts, SectorFile, StorageID
 
@@ -103,8 +108,10 @@ class RemoteStore:
         parallel: int,
         cutoff: float,
         own_urls: frozenset[str],
+        space: SpaceLedger | None = None,
         now: Callable[[], float] = trio.current_time,
     ) -> None:
+        self._space = space
         self._nursery = nursery
         self._catalog = catalog
         self._local = local
@@ -362,19 +369,25 @@ class RemoteStore:
         if wanted is None:
             raise NotFound(f"has no file {member!r}", file)
         flight.fetch.size = wanted.size
-        async with self._turn(source, small=wanted.size <= SMALL):
+        async with (
+            self._turn(source, small=wanted.size <= SMALL),
+            self._reserved(flight.fetch.file, flight.fetch.member, wanted.size),
+        ):
             await self._receive(source, flight, wanted)
         flight.facts = facts
 
     async def _receive_directory(
         self, source: sources.PeerSource, flight: _Flight, facts: Facts | None
     ) -> Facts:
-        flight.fetch.size = facts.size if facts else 0
+        size = flight.fetch.size = facts.size if facts else 0
 
         def progress(done: int) -> None:
             flight.fetch.done = done
 
-        async with self._turn(source, small=False):
+        async with (
+            self._turn(source, small=False),
+            self._reserved(flight.fetch.file, None, size),
+        ):
             return await fetch_directory(
                 self._peers,
                 self._copies,
@@ -398,6 +411,32 @@ class RemoteStore:
             yield
         self._failed_at.pop(source.url, None)
         self._silent_at.pop(source, None)
+
+    @asynccontextmanager
+    async def _reserved(
+        self, file: SectorFile, member: str | None, size: int
+    ) -> AsyncIterator[None]:
+        """Room in the cache path for a copy, where it is known what is promised there."""
+        storage = self._copies.storage
+        async with AsyncExitStack() as stack:
+            if self._space is not None and self._local.path_of(storage) is not None:
+                claim = Claim(
+                    storage=storage, file=file, member=member or "", size=size, place="fetching"
+                )
+                try:
+                    await stack.enter_async_context(self._space.reserve([claim]))
+                except DiskFull as exc:
+                    raise DiskFull(
+                        f"{size} bytes to fetch, {exc.what}",
+                        self._copies.root,
+                        "make room in the cache path",
+                    ) from exc
+                except Refused as exc:
+                    raise DiskError(exc.what, exc.thing, exc.hint) from exc
+                except (NotFound, PermissionRefused, StorageUnavailable) as exc:
+                    # The cache path's own trouble: `Copies` meets it next, and says which.
+                    log.debug("%s: nothing reserved: %s", file, exc)
+            yield
 
     async def _receive(
         self, source: sources.PeerSource, flight: _Flight, wanted: MemberFacts

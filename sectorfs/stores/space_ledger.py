@@ -65,7 +65,7 @@ class SpaceLedger:
 
     async def stat(self, path: LocalPath) -> FsStat:
         """Space of a path, claims counted; as it was last probed when there are none."""
-        if not self._concerned(path):
+        if not path.stat.reserved and not self._concerned(path):
             return path.stat
         return self._ledger.stat(path.storage, await self._measure({path.storage}, ()))
 
