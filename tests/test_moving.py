@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import trio
 
 from sectorfs.errors import (
+    DiskError,
     DiskFull,
     NotFound,
     PermissionRefused,
@@ -282,6 +284,28 @@ async def test_a_path_that_is_gone_is_neither_source_nor_destination(tmp_path: P
                 path.fail(StorageUnavailable("silent", path.path))
         with pytest.raises(StorageUnavailable):
             await parts.mover.move(SEALED, parts.ids["two"])
+
+
+@pytest.mark.mount
+@pytest.mark.parametrize(("call", "named"), [("pread", "one"), ("pwrite", "two")])
+async def test_a_disk_that_fails_is_named_and_the_source_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, named: str
+) -> None:
+    def failing(*arguments: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with file_system(tmp_path, "two"):
+        async with rig(tmp_path, "one", "two") as parts:
+            source = await parts.put("one", SEALED)
+            monkeypatch.setattr(os, "copy_file_range", failing)
+            monkeypatch.setattr(os, call, failing)
+            with pytest.raises(DiskError, match="Input/output error") as caught:
+                await parts.mover.move(SEALED, parts.ids["two"])
+            monkeypatch.undo()
+            assert caught.value.thing.startswith(str(parts.path(named)))
+            assert source.exists()
+            assert await parts.holders(SEALED) == {"one": True}
+            assert parts.litter() == []
 
 
 # --- sources that change ---

@@ -65,7 +65,7 @@ def move(
         origin = await storage_named(admin, source) if source is not None else None
         return [
             await admin.moves.move(file, to=to, source=origin)
-            for file in await _files(admin, wanted, chosen)
+            for file in await _files(admin, wanted, chosen, origin)
         ]
 
     found = with_admin(settings, work)
@@ -111,7 +111,7 @@ def rm(
         storage = await storage_named(admin, source) if source is not None else None
         return [
             await admin.moves.remove(file, force=force, copies=copies, storage=storage)
-            for file in await _files(admin, wanted, chosen)
+            for file in await _files(admin, wanted, chosen, storage)
         ]
 
     found = with_admin(settings, work)
@@ -138,12 +138,20 @@ def parse_name(text: str, file_type: FileType | None) -> tuple[SectorID, FileTyp
     return wanted, named
 
 
-async def _files(admin: Admin, wanted: SectorID, file_type: FileType | None) -> list[SectorFile]:
-    """The files of a sector that are declared, or the one that is named."""
+async def _files(
+    admin: Admin, wanted: SectorID, file_type: FileType | None, storage: StorageID | None
+) -> list[SectorFile]:
+    """The file that is named, or those that are declared (on one storage, if it is named)."""
     if file_type is not None:
         return [SectorFile(file_type, wanted)]
-    found = await admin.find(wanted)
-    return [SectorFile(parse_file_type(one.file_type), wanted) for one in found.files]
+    found = [
+        SectorFile(parse_file_type(one.file_type), wanted)
+        for one in (await admin.find(wanted)).files
+        if storage is None or any(copy.storage == storage for copy in one.locations)
+    ]
+    if not found:
+        raise NotFound(f"no file of it is on storage {storage}", wanted)
+    return found
 
 
 async def storage_named(admin: Admin, text: str) -> StorageID:
