@@ -8,7 +8,6 @@ rename, fsync of the type directory. Only then may it be declared. What a crash 
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 from collections.abc import Callable
@@ -21,7 +20,16 @@ from sectorfs.errors import Refused, SectorFSError, SourceFailed, Stale
 from sectorfs.stores.file_copy import FileCopy
 from sectorfs.stores.lanes import Descriptor, Lane
 from sectorfs.stores.local_path import LocalPath
-from sectorfs.stores.own_names import FETCHING, delete, opened_fetching, opened_type, own_name
+from sectorfs.stores.own_names import (
+    FETCHING,
+    NO_LINKS,
+    delete,
+    exists,
+    opened_fetching,
+    opened_type,
+    own_name,
+    rename_new,
+)
 from sectorfs.stores.seen import Part, Seen, see
 from sectorfs.types import SectorFile
 
@@ -31,10 +39,6 @@ SYNC_EVERY = 64 << 20
 """Bytes written between two syncs, so that none takes longer than a disk may be silent."""
 DISCARD_SECONDS = 5.0
 """Time for cleaning up; what is left then is cleared when the path is attached again."""
-_NO_LINKS = frozenset(
-    {errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
-)
-
 Progress = Callable[[int], object]
 """Called with bytes that came since the last call."""
 
@@ -47,8 +51,12 @@ class Incoming:
         self._lane = lane
         self._file = file
         self._name = own_name(file, owner, "in")
+        self._gone = own_name(file, owner, "gone")
         self.where = os.path.join(path.path, file.file_type.dir_name, FETCHING, self._name)
         """Where it lies until it is whole."""
+        # Of what this attempt made there: a call of an earlier one, given up while the disk hung,
+        # must not put what a later one writes into place.
+        self._identity: tuple[int, int] | None = None
 
     async def begin(self) -> None:
         """Make room for it: directories, and an earlier attempt out of the way."""
@@ -59,9 +67,10 @@ class Incoming:
                 opened_type(path.path, path.storage, kind, make=True) as type_fd,
                 opened_fetching(type_fd, path.path, kind, make=True) as fd,
             ):
-                delete(self._name, fd)
+                self._clear(fd)
                 if kind.is_directory:
                     os.mkdir(self._name, 0o755, dir_fd=fd)
+                    self._identity = _identity(self._name, fd)
 
         await self._lane.run(call, what=f"begin {self._file}")
 
@@ -79,12 +88,14 @@ class Incoming:
             try:
                 os.link(_part(source, part), _part(self.where, part), follow_symlinks=False)
             except OSError as exc:
-                if exc.errno in _NO_LINKS:
+                if exc.errno in NO_LINKS:
                     self._empty(seen)
                     return False
                 raise
             if not _is_part(os.lstat(_part(self.where, part)), part):
                 raise Stale("changed while it was moved", source)
+        if not self._file.file_type.is_directory:
+            self._identity = _identity(self.where)
         return True
 
     def _empty(self, seen: Seen) -> None:
@@ -129,7 +140,15 @@ class Incoming:
         """A new file to write a part to; the caller ends it with `end`, and closes it."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         where = os.path.join(self.where, name) if name else self.where
-        return await self._open(lambda: os.open(where, flags, 0o644))
+
+        def call() -> int:
+            fd = os.open(where, flags, 0o644)
+            if not name:
+                found = os.fstat(fd)
+                self._identity = (found.st_dev, found.st_ino)
+            return fd
+
+        return await self._open(call)
 
     async def _open(self, call: Callable[[], int]) -> Descriptor:
         lane = self._lane
@@ -164,18 +183,39 @@ class Incoming:
             opened_type(path.path, path.storage, kind) as type_fd,
             opened_fetching(type_fd, path.path, kind) as fd,
         ):
-            if _exists(final, type_fd):
-                raise Refused("something came there meanwhile", path.name_of(self._file))
+            if exists(final, type_fd):
+                raise self._taken()
             if kind.is_directory:
                 os.utime(self._name, ns=(mtime_ns, mtime_ns), dir_fd=fd)
                 _sync_directory(self._name, fd)
-            os.rename(self._name, final, src_dir_fd=fd, dst_dir_fd=type_fd)
+            if _identity(self._name, fd) != self._identity:
+                raise Stale("was begun again meanwhile", self.where)
+            try:
+                rename_new(self._name, final, source_fd=fd, target_fd=type_fd)
+            except FileExistsError as exc:
+                raise self._taken() from exc
             if kind.is_directory:
                 # Some file systems change its time as its ".." changes.
                 os.utime(final, ns=(mtime_ns, mtime_ns), dir_fd=type_fd)
             os.fsync(type_fd)
             os.fsync(fd)
             return see(final, self._file, path.name_of(self._file), dir_fd=type_fd)
+
+    def _taken(self) -> Refused:
+        return Refused("something came there meanwhile", self._path.name_of(self._file))
+
+    def _clear(self, fd: int) -> None:
+        """Delete what lies under our name.
+
+        A directory first gets a name from which no late `_commit` puts it into place half empty.
+        """
+        if not self._file.file_type.is_directory:
+            delete(self._name, fd)
+            return
+        delete(self._gone, fd)
+        with suppress(FileNotFoundError):
+            os.rename(self._name, self._gone, src_dir_fd=fd, dst_dir_fd=fd)
+        delete(self._gone, fd)
 
     async def discard(self) -> None:
         """Give it up; works in a cancelled scope as well, and never raises."""
@@ -186,7 +226,7 @@ class Incoming:
                 opened_type(path.path, path.storage, kind) as type_fd,
                 opened_fetching(type_fd, path.path, kind) as fd,
             ):
-                delete(self._name, fd)
+                self._clear(fd)
 
         with trio.move_on_after(DISCARD_SECONDS, shield=True):
             try:
@@ -213,12 +253,9 @@ def _is_part(found: os.stat_result, part: Part) -> bool:
     return now == (part.size, part.mtime_ns, part.inode)
 
 
-def _exists(name: str, dir_fd: int) -> bool:
-    try:
-        os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
+def _identity(name: str, dir_fd: int | None = None) -> tuple[int, int]:
+    found = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    return found.st_dev, found.st_ino
 
 
 def _sync(writer: Descriptor) -> None:
@@ -228,6 +265,29 @@ def _sync(writer: Descriptor) -> None:
 
 def _sync_directory(name: str, dir_fd: int) -> None:
     fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dir_fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+async def sync_in_place(path: LocalPath, lane: Lane, file: SectorFile, seen: Seen) -> None:
+    """Sync a file that somebody else brought: until then a power cut may take it."""
+    for part in seen.parts:
+        call = partial(_sync_name, _part(path.name_of(file), part))
+        await lane.run(call, what=f"sync {file}")
+
+    def names() -> None:
+        with opened_type(path.path, path.storage, file.file_type) as type_fd:
+            if file.file_type.is_directory:
+                _sync_directory(file.sector.name, type_fd)
+            os.fsync(type_fd)
+
+    await lane.run(names, what=f"sync {file}")
+
+
+def _sync_name(name: str) -> None:
+    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         os.fsync(fd)
     finally:

@@ -44,7 +44,7 @@ from sectorfs.errors import (
 )
 from sectorfs.index.placement import accepts
 from sectorfs.index.protocol import Declaration, SectorIndex
-from sectorfs.stores.incoming import Incoming, Progress
+from sectorfs.stores.incoming import Incoming, Progress, sync_in_place
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.local import LocalStore
 from sectorfs.stores.local_path import LocalPath
@@ -228,6 +228,7 @@ class Mover:
         else:
             how = "was there"
             _require_same(there, seen, target.name_of(file))
+            await sync_in_place(target, self._lane(target), file, there)
         await self._declare(target, file, there.facts(file), primary=True)
         await self._remover.take(source, file, seen)
         return Moved(file=file, source=source.storage, to=target.storage, size=seen.size, how=how)
@@ -275,6 +276,8 @@ class Mover:
                 "something else than what is to be moved lies there", target.name_of(file)
             )
         moving.size = facts.size
+        if how == "was there":
+            await sync_in_place(target, self._lane(target), file, there)
         await self._declare(target, file, there.facts(file), primary=True)
         keep = sorted({target.storage, *held} - {origin})
         try:

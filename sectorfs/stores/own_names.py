@@ -1,8 +1,9 @@
 """Names that only this node gives: sector files that come into a storage path, and that leave it.
 
 Both lie below ``<type>/fetching``, which every scan passes over, in files or directories named
-``<sector>.<node>.in.tmp`` and ``<sector>.<node>.out.tmp``. The node's own id in the name is what
-lets it clear what a crash left behind: another node that shares the path may be at work beside it.
+``<sector>.<node>.in.tmp`` and ``<sector>.<node>.out.tmp``, and ``<sector>.<node>.gone.tmp`` for a
+directory that was given up and is being deleted. The node's own id in the name is what lets it
+clear what a crash left behind: another node that shares the path may be at work beside it.
 
 Everything here blocks, and is reached through descriptors of directories that are none of them
 symbolic links: nothing is ever made, renamed or deleted outside the storage path.
@@ -23,10 +24,15 @@ from sectorfs.stores.scan import opened_path
 from sectorfs.types import FileType, SectorFile, StorageID, parse_sector
 
 FETCHING = "fetching"
-Way = Literal["in", "out"]
+Way = Literal["in", "out", "gone"]
+
+NO_LINKS = frozenset(
+    {errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
+)
+"""Errors of `os.link` where another way is open: other file system, directory, no links at all."""
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
-_NAME = re.compile(r"(s-t0[0-9]+-[0-9]+)\.([A-Za-z0-9_-]+)\.(?:in|out)\.tmp", re.ASCII)
+_NAME = re.compile(r"(s-t0[0-9]+-[0-9]+)\.([A-Za-z0-9_-]+)\.(?:in|out|gone)\.tmp", re.ASCII)
 
 
 def own_name(file: SectorFile, owner: str, way: Way) -> str:
@@ -105,6 +111,34 @@ def delete(name: str, dir_fd: int) -> None:
         if exc.errno not in (errno.EISDIR, errno.EPERM):
             raise
         shutil.rmtree(name, dir_fd=dir_fd)
+
+
+def rename_new(source: str, target: str, *, source_fd: int, target_fd: int) -> None:
+    """Rename something to a name that is free; `FileExistsError` when it is not.
+
+    A rename would replace a file that came there after any look: a link never does.
+    """
+    try:
+        os.link(source, target, src_dir_fd=source_fd, dst_dir_fd=target_fd, follow_symlinks=False)
+    except OSError as exc:
+        if exc.errno not in NO_LINKS:
+            raise
+    else:
+        os.unlink(source, dir_fd=source_fd)
+        return
+    # A directory, which replaces nothing but an empty one, or a file system without links.
+    if exists(target, target_fd):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
+    os.rename(source, target, src_dir_fd=source_fd, dst_dir_fd=target_fd)
+
+
+def exists(name: str, dir_fd: int) -> bool:
+    """Whether there is anything under a name, be it a link to nothing."""
+    try:
+        os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def leftovers(path: str, storage: StorageID, owner: str) -> list[tuple[SectorFile, str]]:
