@@ -9,8 +9,11 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import trio
+
 from sectorfs.config import TimeoutsConfig
 from sectorfs.index.protocol import Declaration, FsStat, HealthReport, StorageInfo
+from sectorfs.server.routes import make_handler
 from sectorfs.stores.acquire import Acquirer
 from sectorfs.stores.local import LocalStore
 from sectorfs.stores.moving import Mover
@@ -20,7 +23,9 @@ from sectorfs.stores.space_ledger import SpaceLedger
 from sectorfs.stores.transfer import PeerClient
 from sectorfs.stores.turns import Turns
 from sectorfs.types import FileType, SectorFile, StorageID
+from sectorfs.wire import tokens
 from sectorfs.wire.client import Client
+from sectorfs.wire.server import Handler
 from tests.cluster_fixtures import mounted
 from tests.local_fixtures import (
     URL,
@@ -32,8 +37,10 @@ from tests.local_fixtures import (
     sector_file,
     switched_index,
 )
+from tests.wire_fixtures import FolderFiles, running
 
 OWNER = "node-under-test"
+SECRET = tokens.Secret(bytes(range(32)))
 SEALED = sector_file(FileType.SEALED, 7)
 CACHE = sector_file(FileType.CACHE, 7)
 UNSEALED = sector_file(FileType.UNSEALED, 7)
@@ -43,8 +50,17 @@ MEMBERS = {"p_aux": b"p" * 64, "t_aux": b"t" * 317, "sc-02-data-tree-d.dat": b"d
 class Rig:
     """The parts, and the paths by name."""
 
-    def __init__(self, root: Path, index: SwitchedIndex, client: Client, **changes: Any) -> None:
+    def __init__(
+        self,
+        root: Path,
+        index: SwitchedIndex,
+        client: Client,
+        nursery: trio.Nursery,
+        **changes: Any,
+    ) -> None:
         self.root = root
+        self.nursery = nursery
+        urls = frozenset(changes.get("urls", (URL,)))
         self.index = index
         self.store: LocalStore = make_store(
             index, account=lambda path: self.space.stat(path), **changes
@@ -54,8 +70,10 @@ class Rig:
         self.remover = Remover(
             index=index,
             local=self.store,
+            peers=PeerClient(client),
             turns=self.turns,
             owner=OWNER,
+            own_urls=urls,
             cutoff=50,
             deadline=1,
         )
@@ -67,7 +85,7 @@ class Rig:
             remover=self.remover,
             turns=self.turns,
             owner=OWNER,
-            own_urls=frozenset({URL}),
+            own_urls=urls,
             deadline=1,
         )
         self.acquirer = Acquirer(
@@ -122,25 +140,53 @@ class Rig:
             if "fetching" in path.parts[:-1] or path.name.endswith(".tmp")
         ]
 
-    async def elsewhere(self, file: SectorFile, *, primary: bool, healthy: bool = True) -> None:
-        """Have another node's storage declare a file."""
+    async def elsewhere(
+        self, file: SectorFile, *, primary: bool, healthy: bool = True, url: str = ""
+    ) -> None:
+        """Have another node's storage declare a file: one that has it, or the one at `url`."""
         storage = StorageID("elsewhere")
-        info = StorageInfo(storage=storage, urls=("http://127.0.0.1:9/remote",), can_store=True)
+        info = StorageInfo(storage=storage, urls=(url or await self._serve(file),), can_store=True)
         await self.index.attach(info, FsStat())
         report = HealthReport(stat=FsStat(), error="" if healthy else "dead")
         await self.index.report_health(storage, report)
         await self.index.declare([Declaration(file, storage, primary, None)])
 
+    async def _serve(self, file: SectorFile) -> str:
+        """A node that has a file; its base URL."""
+        folder = self.root / "of another node"
+        put(folder, file, MEMBERS if file.file_type.is_directory else b"sector" * 10_000)
+        handler = make_handler(
+            FolderFiles(folder), secret=SECRET, rpc=no_rpc, health=dict, status=str, deadline=5
+        )
+        return f"http://127.0.0.1:{await self.nursery.start(_serve, handler)}/remote"
+
+
+async def no_rpc(body: bytes, permissions: frozenset[str]) -> tuple[int, bytes]:
+    """For nodes that are asked for files only."""
+    return 404, b""
+
+
+async def _serve(handler: Handler, *, task_status: trio.TaskStatus[int]) -> None:
+    async with running(handler) as port:
+        task_status.started(port)
+        await trio.sleep_forever()
+
 
 @asynccontextmanager
 async def rig(root: Path, *names: str, **changes: Any) -> AsyncIterator[Rig]:
     """Paths by name, all of which may store, and everything around them."""
-    async with switched_index(root) as index, Client(TimeoutsConfig()) as client:
-        found = Rig(root, index, client, **changes)
+    token = tokens.sign(SECRET, ("read", "admin"))
+    async with (
+        switched_index(root) as index,
+        Client(TimeoutsConfig(), token=token) as client,
+        trio.open_nursery() as nursery,
+    ):
+        found = Rig(root, index, client, nursery, **changes)
         for name in names:
             await found.add(name)
         yield found
         found.store.close()
+        nursery.cancel_scope.cancel()
 
 
 def content(path: Path) -> bytes | dict[str, bytes]:

@@ -20,7 +20,17 @@ from sectorfs.wire.client import Client
 from sectorfs.wire.messages import Limits
 from sectorfs.wire.server import serve
 from tests.local_fixtures import switched_index
-from tests.moving_fixtures import CACHE, SEALED, UNSEALED, Rig, content, rig, there
+from tests.moving_fixtures import (
+    CACHE,
+    SEALED,
+    SECRET,
+    UNSEALED,
+    Rig,
+    content,
+    no_rpc,
+    rig,
+    there,
+)
 
 SIZE = 2048
 BOTH = int(FileType.SEALED | FileType.UNSEALED)
@@ -163,7 +173,7 @@ async def test_what_nobody_has_is_not_found(tmp_path: Path, mode: str) -> None:
         with pytest.raises(NotFound):
             async with _acquire(parts, SEALED, mode):
                 raise AssertionError("was acquired")
-        await parts.elsewhere(SEALED, primary=True)  # a node that nobody reaches
+        await parts.elsewhere(SEALED, primary=True, url="http://127.0.0.1:9/remote")
         with pytest.raises(NoSource):
             async with _acquire(parts, SEALED, mode):
                 raise AssertionError("was acquired")
@@ -214,35 +224,31 @@ async def test_what_another_node_has_is_fetched(
 
 @asynccontextmanager
 async def two_nodes(root: Path) -> AsyncIterator[tuple[Rig, Rig]]:
-    """Two sets of stores on one Index; the second serves its paths."""
-    secret = tokens.parse_secret(b"s" * 32)
-    token = tokens.sign(secret, ("admin",))
-    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}/remote"
+    """Two sets of stores on one Index, each of which serves its paths."""
+    listeners = [await trio.open_tcp_listeners(0, host="127.0.0.1") for _ in range(2)]
+    ours, theirs = (
+        f"http://127.0.0.1:{listener[0].socket.getsockname()[1]}/remote" for listener in listeners
+    )
     async with (
         switched_index(root) as index,
-        Client(TimeoutsConfig(), token=token) as client,
+        Client(TimeoutsConfig(), token=tokens.sign(SECRET, ("read", "admin"))) as client,
         trio.open_nursery() as nursery,
     ):
-        away = Rig(root, index, client, urls=(url,))
+        here = Rig(root, index, client, nursery, urls=(ours,))
+        away = Rig(root, index, client, nursery, urls=(theirs,))
         await away.add("theirs")
-        here = Rig(root, index, client)
         await here.add("mine")
-        for one in (away, here):
+        for one, listener in ((here, listeners[0]), (away, listeners[1])):
             await beat(one)
-        handler = make_handler(
-            away.store,
-            secret=secret,
-            rpc=_no_rpc,
-            health=dict,
-            status=str,
-            deadline=5,
-            remover=away.remover,
-        )
-        await nursery.start(partial(serve, handler, listeners, limits=Limits()))
+            handler = make_handler(
+                one.store,
+                secret=SECRET,
+                rpc=no_rpc,
+                health=dict,
+                status=str,
+                deadline=5,
+                remover=one.remover,
+            )
+            await nursery.start(partial(serve, handler, listener, limits=Limits()))
         yield here, away
         nursery.cancel_scope.cancel()
-
-
-async def _no_rpc(body: bytes, permissions: frozenset[str]) -> tuple[int, bytes]:
-    return 404, b""

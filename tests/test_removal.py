@@ -19,7 +19,7 @@ from sectorfs.errors import (
     Unreachable,
 )
 from sectorfs.stores import removal
-from sectorfs.stores.removal import Expected
+from sectorfs.stores.set_aside import Expected
 from tests.local_fixtures import put
 from tests.moving_fixtures import (
     CACHE,
@@ -305,7 +305,7 @@ async def test_a_disk_that_fails_to_delete_says_so_and_is_asked_again(
         def failing(*args: object) -> None:
             raise OSError(5, "Input/output error")
 
-        monkeypatch.setattr(removal, "delete_own", failing)
+        monkeypatch.setattr(removal, "delete_aside", failing)
         with pytest.raises(DiskError):
             await parts.remover.remove(CACHE, force=True)
         monkeypatch.undo()

@@ -137,8 +137,10 @@ class LocalMoves:
         self.remover = Remover(
             index=index,
             local=local,
+            peers=peers,
             turns=turns,
             owner=owner,
+            own_urls=own_urls,
             cutoff=config.index.cutoff,
             deadline=config.timeouts.disk,
         )

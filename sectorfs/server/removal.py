@@ -11,7 +11,7 @@ from collections.abc import Collection
 from typing import Protocol
 
 from sectorfs.errors import BadInput, NotFound
-from sectorfs.stores.removal import Expected
+from sectorfs.stores.set_aside import Expected
 from sectorfs.stores.transfer import EXPECT_HEADER
 from sectorfs.types import (
     SectorFile,

@@ -161,13 +161,21 @@ class Keeper:
         path.info = info
         await self.attach()
 
-    async def declare(self, found: Sequence[tuple[SectorFile, Facts]]) -> None:
-        """Declare files that are quiet."""
+    async def declare(self, found: Sequence[tuple[SectorFile, Facts]], *, removals: int) -> None:
+        """Declare files of one type that are quiet.
+
+        `removals` is that of the path from before they were looked at: after another one, what went
+        is not declared.
+        """
         path = self.path
         for part in _batches(found):
-            batch = [Declaration(file, path.storage, path.primary, facts) for file, facts in part]
             async with path.changing:
-                await self._ask(self._index.declare(batch))
+                if path.removals != removals:
+                    looks = await path.look([file for file, _ in part])
+                    part = [one for one, look in zip(part, looks, strict=True) if look == one[1]]
+                batch = [Declaration(file, path.storage, path.primary, one) for file, one in part]
+                if batch:
+                    await self._ask(self._index.declare(batch))
             metrics.DECLARATIONS.labels("declared").inc(len(batch))
 
     async def drop(self, files: Sequence[SectorFile], *, certain: bool = False) -> int:
@@ -309,6 +317,7 @@ class Keeper:
         path = self.path
         fresh: list[tuple[SectorFile, Facts]] = []
         gone: list[SectorFile] = []
+        removals = path.removals
         for file, look in zip(files, await path.look(files), strict=True):
             known = declared.get(file)
             if isinstance(look, Odd):
@@ -323,7 +332,7 @@ class Keeper:
                         await self._let_settle(file, look)
             elif known is not None and _is_gone(look):
                 gone.append(file)
-        await self.declare(fresh)
+        await self.declare(fresh, removals=removals)
         counts.declared += len(fresh)
         return gone
 
@@ -357,6 +366,7 @@ class Keeper:
 
     async def _settle(self, files: Sequence[SectorFile]) -> int:
         path = self.path
+        removals = path.removals
         looks = await self._armed_look(files)
         now = trio.current_time()
         fresh: list[tuple[SectorFile, Facts]] = []
@@ -368,7 +378,7 @@ class Keeper:
                 else:
                     gone.append(file)
         try:
-            await self.declare(fresh)
+            await self.declare(fresh, removals=removals)
             self._tell(len(fresh), await self.drop(gone))
         except BaseException:  # cancelled as well: they wait no longer, so only a scan finds them
             path.mark_dirty(files[0].file_type, deep=True)

@@ -87,6 +87,8 @@ class LocalPath:
         """Modification times of the type directories at the last scan; -1 if too new to trust."""
         self.changing = trio.Lock()
         """Held over declare and over verify-and-drop, so that neither undoes the other."""
+        self.removals = 0
+        """Grows with every removal, under `changing`: looks from before it may be of what went."""
         self.scanning = trio.Lock()
         """Held over a scan. Order: `scanning`, then `changing`."""
         self.settling_turn = trio.Lock()

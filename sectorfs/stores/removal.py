@@ -1,9 +1,10 @@
 """Removes sector files from this node's storage paths.
 
-Order: drop the declaration; ask the Index once more that a healthy primary copy remains elsewhere;
-set the file aside (one rename, so that no crash leaves half a directory under the sector's name);
-delete it. Two nodes that each remove a copy, trusting in the other's, thus never both succeed:
-whoever asks last after its own drop finds none left, and declares its copy again.
+Order: drop the declaration; see once more that a healthy primary copy remains (`witnesses`); set
+the file aside (one rename, so that no crash leaves half a directory under the sector's name); see
+the other copy again, which may have been this very file under another name; delete. Two nodes that
+each remove a copy, trusting in the other's, thus never both succeed: whoever asks last after its
+own drop finds none left, and declares its copy again.
 
 A crash before the rename leaves a whole file, which the scan at the next start declares again; one
 after it leaves what `clear_leftovers` deletes. A symbolic link is deleted as such: what it names
@@ -12,31 +13,33 @@ lies outside the storage path and stays.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from contextlib import suppress
 from functools import partial
 
-import msgspec
 import trio
 
-from sectorfs.errors import NotFound, Refused, SectorFSError, Stale, StorageUnavailable
+from sectorfs.errors import NotFound, Refused, SectorFSError, StorageUnavailable
 from sectorfs.index.protocol import Declaration, SectorIndex
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.local import LocalStore
 from sectorfs.stores.local_path import LocalPath
-from sectorfs.stores.own_names import (
-    delete,
-    delete_own,
-    leftovers,
-    opened_fetching,
-    opened_type,
-    own_name,
+from sectorfs.stores.own_names import delete_own, leftovers
+from sectorfs.stores.seen import Seen
+from sectorfs.stores.set_aside import (
+    Aside,
+    Expected,
+    Place,
+    delete_aside,
+    put_back,
+    put_back_late,
+    set_aside,
 )
-from sectorfs.stores.seen import Seen, see
+from sectorfs.stores.transfer import PeerClient
 from sectorfs.stores.turns import Turns
+from sectorfs.stores.witnesses import Witnesses
 from sectorfs.types import SectorFile, StorageID
 
 log = logging.getLogger(__name__)
@@ -45,11 +48,8 @@ SLOW = 10
 """Deleting or syncing a whole sector may take this many times as long as one look at a disk."""
 
 
-class Expected(msgspec.Struct, frozen=True):
-    """What is to be removed, as somebody else saw it: anything else under its name stays."""
-
-    size: int
-    mtime_ns: int
+WIDTH = 4
+"""Threads that removals may occupy on one storage."""
 
 
 class Remover:
@@ -60,8 +60,10 @@ class Remover:
         *,
         index: SectorIndex,
         local: LocalStore,
+        peers: PeerClient,
         turns: Turns,
         owner: str,
+        own_urls: frozenset[str],
         cutoff: float,
         deadline: float,
     ) -> None:
@@ -69,8 +71,11 @@ class Remover:
         self._local = local
         self._turns = turns
         self._owner = owner
-        self._cutoff = cutoff
         self._deadline = deadline
+        self._lanes: dict[StorageID, Lane] = {}
+        self._witnesses = Witnesses(
+            index=index, local=local, peers=peers, own_urls=own_urls, cutoff=cutoff
+        )
 
     async def remove(
         self,
@@ -97,7 +102,7 @@ class Remover:
                 if path.storage not in keep and (only is None or path.storage in only)
             ]
             if victims and not force:
-                await self._require_primary(file, held, victims)
+                await self._witnesses.require(file, without=[path.storage for path in victims])
             for path in victims:
                 await self._remove_at(path, file, force=force, expected=expected)
         return [path.storage for path in victims]
@@ -111,8 +116,12 @@ class Remover:
                 for path in await self._here(file, held)
                 if path.storage in held and not held[path.storage].primary
             ]
-            if copies and not await self._primaries(held.values(), without=copies):
-                log.warning("%s: no primary copy anywhere, no copy was removed", file)
+            if not copies:
+                return []
+            try:
+                await self._witnesses.require(file, without=[path.storage for path in copies])
+            except Refused as exc:
+                log.warning("no primary copy anywhere, no copy was removed: %s", exc)
                 return []
             for path in copies:
                 await self._remove_at(path, file, force=False, expected=None)
@@ -137,7 +146,8 @@ class Remover:
                 lambda: leftovers(path.path, path.storage, self._owner), what="look for leftovers"
             ):
                 async with self._turns.of(file):
-                    await self._delete(path, lane, file, name)
+                    clear = partial(delete_own, path.path, path.storage, file, name)
+                    await lane.run(clear, what=f"delete {file}")
                 removed += 1
         except SectorFSError as exc:
             log.warning("%s: unfinished moves and removals stay: %s", path.path, exc)
@@ -165,30 +175,6 @@ class Remover:
                     found.append(path)
         return found
 
-    async def _require_primary(
-        self, file: SectorFile, held: dict[StorageID, Declaration], victims: Sequence[LocalPath]
-    ) -> None:
-        if not await self._primaries(held.values(), without=victims):
-            raise Refused(
-                "no healthy primary copy would remain", file, "--force removes the last one too"
-            )
-
-    async def _primaries(
-        self, declarations: Collection[Declaration], *, without: Sequence[LocalPath]
-    ) -> int:
-        """How many healthy primary copies there are beyond those on some paths."""
-        gone = {path.storage for path in without}
-        candidates = {item.storage for item in declarations if item.primary} - gone
-        if not candidates:
-            return 0
-        here = {path.storage for path in self._local.paths() if path.available}
-        healthy = {
-            status.info.storage
-            for status in await self._index.storages()
-            if status.healthy(self._cutoff)
-        }
-        return len(candidates & (healthy | here))
-
     # One path
 
     async def _remove_at(
@@ -199,9 +185,10 @@ class Remover:
             async with path.changing:
                 # Between the drop and the rename the file is whole and nobody's: not to be left so.
                 with trio.CancelScope(shield=True):
-                    name = await self._drop_and_set_aside(path, lane, file, force, expected)
-            if name is not None:
-                await self._delete(path, lane, file, name)
+                    aside = await self._drop_and_set_aside(path, lane, file, force, expected)
+                    path.removals += 1
+            if aside is not None:
+                await lane.run(partial(delete_aside, aside), what=f"delete {file}")
         finally:
             path.note(file)
         log.info("removed %s from %s", file, path.path)
@@ -213,89 +200,35 @@ class Remover:
         file: SectorFile,
         force: bool,
         expected: Seen | Expected | None,
-    ) -> str | None:
+    ) -> Aside | None:
         declaration = (await self._held(file)).get(path.storage)
+        place = Place(path.path, path.storage, file, self._owner)
+        aside: Aside | None = None
         try:
             if declaration is not None:
                 await self._index.drop([declaration.key])
             if not force:
-                await self._require_primary(file, await self._held(file), [path])
-            return await lane.run(
-                lambda: _set_aside(path, file, self._owner, expected), what=f"remove {file}"
+                await self._witnesses.require(file, without=[path.storage])
+            # A disk that hung may do it at any later time, when the file is declared again.
+            aside = await lane.run(
+                partial(set_aside, place, expected), what=f"remove {file}", discard=put_back_late
             )
+            if aside is not None and not force:
+                await self._witnesses.require(file, without=[path.storage])
         except BaseException:
+            if aside is not None:
+                await lane.run(partial(put_back, aside), what=f"put {file} back")
             if declaration is not None:
                 with suppress(SectorFSError):  # the next scan of the path tells it
                     await self._index.declare([declaration])
             raise
-
-    async def _delete(self, path: LocalPath, lane: Lane, file: SectorFile, name: str) -> None:
-        await lane.run(
-            lambda: delete_own(path.path, path.storage, file, name), what=f"delete {file}"
-        )
+        return aside
 
     def _lane(self, path: LocalPath) -> Lane:
-        # Not the path's own: nobody who reads there may wait behind this.
-        return Lane(path.path, deadline=self._deadline * SLOW, width=1)
-
-
-def _set_aside(
-    path: LocalPath, file: SectorFile, owner: str, expected: Seen | Expected | None
-) -> str | None:
-    """Rename a file to a name below ``fetching``; None when nothing is there."""
-    final, name, kind = file.sector.name, own_name(file, owner, "out"), file.file_type
-    where = path.name_of(file)
-    try:
-        with opened_type(path.path, path.storage, kind) as type_fd:
-            with suppress(FileNotFoundError), opened_fetching(type_fd, path.path, kind):
-                delete_own(path.path, path.storage, file, name)
-            _check(final, file, where, type_fd, expected)
-            try:
-                with opened_fetching(type_fd, path.path, kind, make=True) as fd:
-                    _rename(file, name, type_fd, fd, where, expected)
-                    return name
-            except OSError as exc:
-                if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-            # No room for a directory, and removing is how to make some.
-            _rename(file, name, type_fd, type_fd, where, expected)
-            delete(name, type_fd)
-    except FileNotFoundError:
-        pass
-    return None
-
-
-def _rename(
-    file: SectorFile,
-    name: str,
-    type_fd: int,
-    target_fd: int,
-    where: str,
-    expected: Seen | Expected | None,
-) -> None:
-    """Set a file aside, and back again when it is not the one that was meant."""
-    os.rename(file.sector.name, name, src_dir_fd=type_fd, dst_dir_fd=target_fd)
-    try:
-        _check(name, file, where, target_fd, expected)
-    except SectorFSError:
-        os.rename(name, file.sector.name, src_dir_fd=target_fd, dst_dir_fd=type_fd)
-        raise
-
-
-def _check(
-    name: str, file: SectorFile, where: str, dir_fd: int, expected: Seen | Expected | None
-) -> None:
-    """`Stale` when something else lies there than what is to be removed."""
-    if expected is None:
-        return
-    try:
-        found = see(name, file, where, dir_fd=dir_fd)
-    except NotFound as exc:
-        raise FileNotFoundError(where) from exc
-    if isinstance(expected, Seen):
-        same = (found.entry, found.parts) == (expected.entry, expected.parts)
-    else:
-        facts = found.facts(file)
-        same = (facts.size, facts.mtime_ns) == (expected.size, expected.mtime_ns)
-    if not same:
-        raise Stale("was replaced meanwhile, and stays", where, "move it again")
+        # Not the path's own: nobody who reads there may wait behind this. One per storage, or each
+        # attempt on a disk that hangs would leave a thread of its own behind.
+        lane = self._lanes.get(path.storage)
+        if lane is None or lane.thing != path.path:
+            deadline = self._deadline * SLOW
+            lane = self._lanes[path.storage] = Lane(path.path, deadline=deadline, width=WIDTH)
+        return lane
