@@ -45,6 +45,7 @@ class Feed:
         *,
         heartbeat: float,
         on_change: Callable[[list[FileChange]], None],
+        on_reload: Callable[[], None] | None = None,
         clock: Callable[[], float] = trio.current_time,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
@@ -54,6 +55,8 @@ class Feed:
         """True while the last question was answered."""
         self._heartbeat = heartbeat
         self._on_change = on_change
+        # The Index was replaced, or an older one restored: what it says of this node may be wrong.
+        self._on_reload = on_reload
         self._clock = clock
         self._clock_ns = clock_ns
         self._reload = True
@@ -139,6 +142,8 @@ class Feed:
         if changes.reload:
             log.info("the Index asks for a new snapshot")
             self._reload = True
+            if self._on_reload is not None:
+                self._on_reload()
             return
         for part in _sliced(changes, self.catalog):
             self._applied(self.catalog.apply(part, self._clock_ns(), self._clock()))

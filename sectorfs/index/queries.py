@@ -11,6 +11,7 @@ from sectorfs.index.rows import (
     LOCATION_TABLES,
     STORAGE_COLUMNS,
     Connection,
+    split,
     to_declaration,
     to_file_type,
     to_status,
@@ -22,10 +23,23 @@ _KEY = "(l.sector_filetype, l.miner_id, l.sector_num, l.storage_id)"
 _KEY_ORDER = "l.sector_filetype, l.miner_id, l.sector_num, l.storage_id"
 
 
+def lives(db: Connection) -> list[tuple[str, int]]:
+    """Names of the lives of this database, and the change each began after; the present one last.
+
+    A restored backup goes on from an earlier point under another name, so that nobody takes its
+    numbers for those of the life that was lost.
+    """
+    known = dict(db.execute("SELECT key, value FROM meta").fetchall())
+    found = [(known["epoch"], 0)]
+    for life in split(known.get("lives", "")):
+        name, _, start = life.partition(":")
+        found.append((name, int(start)))
+    return found
+
+
 def epoch(db: Connection) -> str:
-    """The random name this database got when it was made."""
-    text: str = db.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()[0]
-    return text
+    """The random name of the present life of this database."""
+    return lives(db)[-1][0]
 
 
 def newest(db: Connection) -> int:
@@ -92,8 +106,12 @@ def page(db: Connection, after: LocationKey | None, limit: int) -> list[Declarat
 def changes(db: Connection, name: str, seq: int, limit: int, now_ns: int) -> Changes:
     """The present state of what changed in the `limit` changes after `seq`."""
     last = newest(db)
-    if name != epoch(db) or not oldest(db) <= seq <= last:
-        return Changes(epoch=epoch(db), seq=last, reload=True)
+    begun = lives(db)
+    ends = [start for _, start in begun[1:]] + [last]
+    end = dict(zip((life for life, _ in begun), ends, strict=True)).get(name, -1)
+    name = begun[-1][0]
+    if not oldest(db) <= seq <= end:
+        return Changes(epoch=name, seq=last, reload=True)
     last = min(last, seq + limit)
     declared, dropped = _changed_locations(db, seq, last)
     known, detached = _changed_storages(db, seq, last, now_ns)

@@ -69,6 +69,7 @@ class SqliteIndex:
         self._keep_changes = keep_changes
         self._turn = trio.CapacityLimiter(1)
         self._changed = trio.Event()
+        self._began = False  # the first change of a process begins a life of the database
         self._odd: dict[StorageID, tuple[str, ...]] = {}
         self._connections: tuple[sqlite3.Connection, sqlite3.Connection] | None = None
 
@@ -236,7 +237,7 @@ class SqliteIndex:
                 # Taken before the look: a commit after the look sets this very event.
                 changed = self._changed
                 answer = self._changes_now(epoch, seq, limit)
-                if answer.reload or answer.seq > seq:
+                if answer.reload or answer.seq > seq or answer.epoch != epoch:
                     return answer
                 await changed.wait()
         return self._changes_now(epoch, seq, limit)
@@ -277,8 +278,11 @@ class SqliteIndex:
                 change(db)
                 changed = queries.newest(db) > before
                 if changed:
+                    if not self._began and before:
+                        transactions.begin_life(db, before)
                     transactions.prune(db, keep=self._keep_changes)
                 db.execute("COMMIT")
+                self._began = self._began or changed
             finally:
                 # Also after a COMMIT that failed; one that the engine rolled back is over already.
                 if db.in_transaction:

@@ -7,6 +7,7 @@ was so already: a node that declares its million files at start must not wake th
 from __future__ import annotations
 
 import enum
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ from sectorfs.index.rows import (
     stat_row,
 )
 from sectorfs.types import StorageID
+
+KEEP_LIVES = 100
+"""Epochs whose changes can be followed into the present one."""
 
 
 class Kind(enum.IntEnum):
@@ -117,6 +121,13 @@ def drop(db: Connection, keys: Sequence[LocationKey]) -> None:
         ).fetchall()
         if found:
             _location_changed(db, where)
+
+
+def begin_life(db: Connection, after: int) -> None:
+    """Give what changes after `after` another epoch; see `queries.lives`."""
+    row = db.execute("SELECT value FROM meta WHERE key = 'lives'").fetchone()
+    known = [*split(row[0] if row is not None else ""), f"{secrets.token_hex(16)}:{after}"]
+    db.execute("INSERT OR REPLACE INTO meta VALUES ('lives', ?)", (",".join(known[-KEEP_LIVES:]),))
 
 
 def prune(db: Connection, *, keep: int) -> None:

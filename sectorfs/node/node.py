@@ -91,7 +91,13 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
         def on_change(changes: Sequence[FileChange]) -> None:
             node.on_change(changes)
 
-        feed = Feed(index, catalog, heartbeat=config.index.heartbeat, on_change=on_change)
+        feed = Feed(
+            index,
+            catalog,
+            heartbeat=config.index.heartbeat,
+            on_change=on_change,
+            on_reload=lambda: local.compare(),
+        )
         local = LocalStore(
             index,
             urls=(own_url,),

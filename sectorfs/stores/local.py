@@ -134,6 +134,12 @@ class LocalStore:
         if path is not None:
             path.note(file)
 
+    def compare(self) -> None:
+        """Have all paths compared with the Index soon: it may have forgotten. Never blocks."""
+        for path in self._paths.values():
+            path.attached = False
+            path.mark_dirty(deep=False)
+
     async def attach(self, path: str, *, progress: Progress | None = None) -> StorageInfo:
         """Attach a storage path, scan it and declare what it holds.
 
