@@ -295,3 +295,20 @@ def test_merge_of_any_snapshot_ends_as_the_snapshot(
             assert one not in told
         else:
             assert told[one] == FileChange(one, *facts, then is None, now is None)
+
+
+def test_holders_are_those_of_the_present_content_the_surest_first() -> None:
+    present, stale = Facts(11, 2_000), Facts(11, 1_000)
+    catalog = loaded(
+        held("a", 7, primary=False, facts=stale),
+        held("b", 7, primary=False, facts=present),
+        held("c", 7, primary=True, facts=stale),
+        held("d", 7, primary=True, facts=present),
+        held("e", 7, primary=True, facts=Facts(12, 1_500)),
+    )
+    # a: a copy of what was; e: a primary of another size; c: a primary copied without its time.
+    assert catalog.holders(file(7)) == ("d", "b", "c")
+    assert catalog.holders(file(8)) == ()
+    assert catalog.declared(file(7), StorageID("a")) == stale
+    assert catalog.declared(file(7), StorageID("z")) is None
+    assert catalog.declared(file(8), StorageID("a")) is None

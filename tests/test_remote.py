@@ -494,7 +494,8 @@ async def test_peer_that_is_gone(tmp_path: Path) -> None:
         await w.index.detach(first.storage, first.url)
         await w.index.attach(gone, FsStat())
         await w.declare(first, SEALED, Facts(len(DATA), OLD_NS))
-        put(second.root, SEALED, DATA)
+        held = put(second.root, SEALED, DATA)
+        os.utime(held, ns=(OLD_NS, OLD_NS))
         await w.declare(second, SEALED, Facts(len(DATA), OLD_NS))
         assert await w.read() == DATA
 
@@ -649,6 +650,19 @@ async def test_file_that_changes_at_every_fetch_is_given_up(tmp_path: Path) -> N
             await w.store.open(SEALED)
         assert len(peer.asked) == 3
         peer.instead = None
+        await w.declare(peer, SEALED, facts)
+        assert await w.read() == DATA
+
+
+async def test_source_with_another_content_is_passed_over(tmp_path: Path) -> None:
+    """Of the same size, so that only its time tells."""
+    async with world(tmp_path, "a", "b") as w:
+        first, second = w.peers.values()
+        facts = await w.hold(first, SEALED)
+        held = put(second.root, SEALED, DATA)
+        os.utime(held, ns=(facts.mtime_ns, facts.mtime_ns))
+        await w.declare(second, SEALED, facts)
+        put(first.root, SEALED, bytes(len(DATA)), age=5)
         assert await w.read() == DATA
 
 

@@ -109,16 +109,33 @@ async def fetch(
     size: int,
     file: SectorFile = SEALED,
     member: str | None = None,
+    mtime_ns: int | None = None,
 ) -> list[int]:
     lane, steps = Lane("disk", deadline=5), list[int]()
     with target(path) as descriptor:
         await client.fetch(
-            base, file, member, descriptor, size=size, run=lane.finish, progress=steps.append
+            base,
+            file,
+            member,
+            descriptor,
+            size=size,
+            mtime_ns=mtime_ns,
+            run=lane.finish,
+            progress=steps.append,
         )
     return steps
 
 
 # Our own nodes
+
+
+async def test_another_content_of_the_same_size_is_refused(tmp_path: Path) -> None:
+    async with our_node(tmp_path) as (client, base):
+        held = (tmp_path / str(SEALED)).stat().st_mtime_ns
+        await fetch(client, base, tmp_path / "copy", 2_000_000, mtime_ns=held)
+        with pytest.raises(SourceFailed, match="another content than was declared"):
+            await fetch(client, base, tmp_path / "stale", 2_000_000, mtime_ns=held + 1_000)
+        assert (tmp_path / "stale").stat().st_size == 0
 
 
 async def test_space(tmp_path: Path) -> None:

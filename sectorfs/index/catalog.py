@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from sectorfs.index.content import present_facts
+from sectorfs.index.content import eligible, exact, present_facts
 from sectorfs.index.protocol import Changes, Declaration, SnapshotPage, StorageStatus
 from sectorfs.types import Facts, FileType, MemberFacts, SectorFile, SectorID, StorageID
 
@@ -116,9 +116,19 @@ class Catalog:
         return self._entries.get(file)
 
     def holders(self, file: SectorFile) -> tuple[StorageID, ...]:
-        """The storages that declare a sector file."""
+        """The storages that hold its present content: surely so first, primaries before copies.
+
+        One that declares another content (a copy that has become stale) is not among them.
+        """
         entry = self._entries.get(file)
-        return tuple(one.storage for one in entry.declarations) if entry else ()
+        if entry is None:
+            return ()
+        facts = entry.facts
+        ranked = sorted(
+            eligible(entry.declarations),
+            key=lambda one: (facts is not None and not exact(one, facts), not one.primary),
+        )
+        return tuple(one.storage for one in ranked)
 
     def declared(self, file: SectorFile, storage: StorageID) -> Facts | None:
         """What one storage told of a sector file; None when it told nothing."""

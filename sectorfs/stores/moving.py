@@ -352,6 +352,7 @@ class Mover:
                 member.name or None,
                 writer,
                 size=member.size,
+                mtime_ns=member.mtime_ns,
                 run=lane.finish,
                 progress=progress,
             )

@@ -248,7 +248,9 @@ class RemoteStore:
                     copy = await self._open_copy(file, member, wanted) if member else None
                     if copy is not None:
                         return copy
-                    raise self._no_source(file, member, [*causes, *flight.causes])
+                    if self._wanted_now(file, member) in (wanted, None):
+                        raise self._no_source(file, member, [*causes, *flight.causes])
+                    # Replaced meanwhile, which is why: fetch what it is now.
             except (DiskError, StorageUnavailable) as exc:
                 raise self._no_source(file, member, [*causes, exc]) from exc
             entry = self._catalog.entry(file)
@@ -260,6 +262,9 @@ class RemoteStore:
                 raise NotFound(f"has no file {member!r}", file)
         causes.append(SourceFailed("its copy vanished as often as it was fetched", file))
         raise self._no_source(file, member, causes)
+
+    def _wanted_now(self, file: SectorFile, member: str | None) -> MemberFacts | None:
+        return _wanted(self._facts(file), member)
 
     async def _open_copy(
         self, file: SectorFile, member: str | None, wanted: MemberFacts | None
@@ -446,6 +451,7 @@ class RemoteStore:
         def progress(done: int) -> None:
             flight.fetch.done = done
 
+        told = _wanted(self._catalog.declared(file, source.storage), member)
         partial = await self._copies.begin(file, member, wanted.size)
         try:
             await self._peers.fetch(
@@ -454,6 +460,7 @@ class RemoteStore:
                 member,
                 partial.descriptor,
                 size=wanted.size,
+                mtime_ns=told.mtime_ns if told else None,
                 run=self._copies.write,
                 progress=progress,
             )

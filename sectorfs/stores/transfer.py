@@ -30,6 +30,7 @@ from sectorfs.errors import (
     Unauthorized,
     Unreachable,
 )
+from sectorfs.index.content import same_mtime
 from sectorfs.index.protocol import FsStat
 from sectorfs.metrics import FETCHED_BYTES, SOURCE_FAILURES
 from sectorfs.stores.tar_writer import CONTENT_TYPE
@@ -158,17 +159,21 @@ class PeerClient:
         descriptor: AbstractContextManager[int],
         *,
         size: int,
+        mtime_ns: int | None,
         run: Runner,
         progress: Callable[[int], object] | None = None,
     ) -> None:
         """Write a whole file of `size` bytes to the start of `descriptor`.
 
-        `run` is a `Lane.finish`: writes are never given up half way.
+        `mtime_ns` is what the source declared, None when it did not: a node of ours that has
+        another content by now, or gives another copy, is told by its time. `run` is a
+        `Lane.finish`: writes are never given up half way.
         """
         try:
             async with self._ask("GET", _file_url(base_url, file, member)) as response:
                 await _expect(response, 200)
                 _expect_octets(response)
+                _expect_time(response, mtime_ns)
                 await response.save(descriptor, offset=0, length=size, run=run, progress=progress)
         except SectorFSError:
             SOURCE_FAILURES.inc()
@@ -341,6 +346,13 @@ def _content_range(response: Response) -> tuple[tuple[int, int] | None, int | No
     if int(last) < int(first) or (size is not None and int(last) >= size):
         raise SourceFailed("a Content-Range that makes no sense", response.url)
     return (int(first), int(last)), size
+
+
+def _expect_time(response: Response, mtime_ns: int | None) -> None:
+    if mtime_ns is None or MTIME_HEADER not in response.headers:
+        return
+    if not same_mtime(_mtime_ns(response), mtime_ns):
+        raise SourceFailed("gives another content than was declared", response.url)
 
 
 def _mtime_ns(response: Response) -> int:
