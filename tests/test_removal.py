@@ -324,7 +324,7 @@ async def test_only_leftovers_of_this_node_are_cleared(tmp_path: Path) -> None:
         fetching = parts.path("one") / "cache" / "fetching"
         fetching.mkdir(parents=True)
         name = CACHE.sector.name
-        for ours in (f"{name}.{OWNER}.in.tmp", f"{name}.{OWNER}.out.tmp"):
+        for ours in (f"{name}.{OWNER}.in.tmp", f"{name}.{OWNER}.gone.tmp"):
             (fetching / ours).mkdir()
             (fetching / ours / "p_aux").write_bytes(b"half")
         others = [

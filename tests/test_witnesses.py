@@ -12,10 +12,11 @@ import trio
 
 from sectorfs.errors import Refused, SectorFSError, StorageUnavailable
 from sectorfs.stores.seen import see
-from sectorfs.stores.set_aside import Expected
+from sectorfs.stores.set_aside import Expected, Place, put_back, set_aside
+from sectorfs.types import SectorFile
 from tests.gates import Gate
 from tests.local_fixtures import URL, until
-from tests.moving_fixtures import CACHE, MEMBERS, SEALED, Rig, content, rig, there
+from tests.moving_fixtures import CACHE, MEMBERS, OWNER, SEALED, Rig, content, rig, there
 from tests.wire_fixtures import peer, read_request
 
 WHOLE = b"sector" * 10_000
@@ -238,3 +239,40 @@ async def test_a_file_that_came_while_another_was_aside_stays(
             await parts.remover.remove(SEALED, only=[parts.ids["one"]])
         assert mine.read_bytes() == b"new"
         assert [path.read_bytes() for path in parts.litter()] == [WHOLE]
+
+
+@pytest.mark.parametrize("file", [SEALED, CACHE])
+async def test_a_crash_before_the_other_copy_was_seen_again_takes_nothing(
+    tmp_path: Path, file: SectorFile
+) -> None:
+    async with rig(tmp_path, "one") as parts:
+        mine = await parts.put("one", file)
+        before = content(mine)
+        (path,) = parts.store.paths()
+        held = await parts.index.sector(file.sector)
+        await parts.index.drop([item.key for item in held])
+        place = Place(path.path, path.storage, file, OWNER)
+        assert set_aside(place, None) is not None
+        assert await parts.remover.clear_leftovers(path) == 1
+        assert content(mine) == before
+        assert await parts.holders(file) == {"one": True}
+        assert parts.litter() == []
+        # The same when the removal is begun again before anything was cleared.
+        set_aside(place, None)
+        with pytest.raises(Refused):
+            await parts.remover.remove(file)
+        again = set_aside(place, None)
+        assert again is not None
+        put_back(again)
+        assert content(mine) == before
+
+
+async def test_what_was_set_aside_goes_when_something_newer_has_its_name(tmp_path: Path) -> None:
+    async with rig(tmp_path, "one") as parts:
+        mine = await parts.put("one", SEALED)
+        (path,) = parts.store.paths()
+        set_aside(Place(path.path, path.storage, SEALED, OWNER), None)
+        mine.write_bytes(b"newer")
+        assert await parts.remover.clear_leftovers(path) == 1
+        assert mine.read_bytes() == b"newer"
+        assert parts.litter() == []

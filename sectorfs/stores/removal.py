@@ -6,9 +6,9 @@ the other copy again, which may have been this very file under another name; del
 each remove a copy, trusting in the other's, thus never both succeed: whoever asks last after its
 own drop finds none left, and declares its copy again.
 
-A crash before the rename leaves a whole file, which the scan at the next start declares again; one
-after it leaves what `clear_leftovers` deletes. A symbolic link is deleted as such: what it names
-lies outside the storage path and stays.
+A crash before the other copy was seen twice leaves a whole file, which is put back and declared at
+the next start; one after it leaves what is deleted then (`clear_leftovers`). A symbolic link is
+deleted as such: what it names lies outside the storage path and stays.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from sectorfs.stores.lanes import Lane
 from sectorfs.stores.local import LocalStore
 from sectorfs.stores.local_path import LocalPath
 from sectorfs.stores.own_names import delete_own, leftovers
+from sectorfs.stores.scan import file_facts
 from sectorfs.stores.seen import Seen
 from sectorfs.stores.set_aside import (
     Aside,
     Expected,
     Place,
     delete_aside,
+    give_up,
     put_back,
     put_back_late,
     set_aside,
@@ -40,7 +42,7 @@ from sectorfs.stores.set_aside import (
 from sectorfs.stores.transfer import PeerClient
 from sectorfs.stores.turns import Turns
 from sectorfs.stores.witnesses import Witnesses
-from sectorfs.types import SectorFile, StorageID
+from sectorfs.types import Facts, SectorFile, StorageID
 
 log = logging.getLogger(__name__)
 
@@ -146,14 +148,42 @@ class Remover:
                 lambda: leftovers(path.path, path.storage, self._owner), what="look for leftovers"
             ):
                 async with self._turns.of(file):
-                    clear = partial(delete_own, path.path, path.storage, file, name)
-                    await lane.run(clear, what=f"delete {file}")
+                    await self._clear(path, lane, file, name)
                 removed += 1
         except SectorFSError as exc:
             log.warning("%s: unfinished moves and removals stay: %s", path.path, exc)
         if removed:
             log.info("%s: cleared %d unfinished moves and removals", path.path, removed)
         return removed
+
+    async def _clear(self, path: LocalPath, lane: Lane, file: SectorFile, name: str) -> None:
+        place = Place(path.path, path.storage, file, self._owner)
+        if name == place.aside:
+            # Nobody saw another copy since it went: it is here again, and the scan declares it.
+            with trio.CancelScope(shield=True):
+                await self._restore(path, lane, Aside(place, beside=False))
+        clear = partial(delete_own, path.path, path.storage, file, name)
+        await lane.run(clear, what=f"delete {file}")
+
+    async def _restore(self, path: LocalPath, lane: Lane, aside: Aside) -> None:
+        file = aside.place.file
+
+        def call() -> Facts | None:
+            try:
+                put_back(aside)
+            except FileExistsError:
+                return None  # something newer has its name
+            return file_facts(path.path, path.storage, file)
+
+        try:
+            async with path.changing:
+                facts = await lane.run(call, what=f"put {file} back")
+                if facts is not None:
+                    await self._index.declare(
+                        [Declaration(file, path.storage, path.primary, facts)]
+                    )
+        finally:
+            path.note(file)
 
     # What is where
 
@@ -213,8 +243,10 @@ class Remover:
             aside = await lane.run(
                 partial(set_aside, place, expected), what=f"remove {file}", discard=put_back_late
             )
-            if aside is not None and not force:
-                await self._witnesses.require(file, without=[path.storage])
+            if aside is not None:
+                if not force:
+                    await self._witnesses.require(file, without=[path.storage])
+                await lane.run(partial(give_up, aside), what=f"remove {file}")
         except BaseException:
             if aside is not None:
                 await lane.run(partial(put_back, aside), what=f"put {file} back")

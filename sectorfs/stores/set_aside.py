@@ -1,7 +1,8 @@
 """Takes a sector file from its name by one rename, from which it can still come back. Blocks.
 
 What is set aside lies below ``fetching`` under a name of our own (see `own_names`); on a disk that
-has no room for that directory, beside the file.
+has no room for that directory, beside the file. It is whole until `give_up` gives it another name:
+what a crash leaves under the first one gets its own name back, under the second one it is deleted.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import msgspec
 
@@ -16,6 +19,7 @@ from sectorfs.errors import NotFound, Refused, SectorFSError, Stale
 from sectorfs.stores.own_names import (
     delete,
     delete_own,
+    exists,
     opened_fetching,
     opened_type,
     own_name,
@@ -48,6 +52,11 @@ class Place(msgspec.Struct, frozen=True):
         return own_name(self.file, self.owner, "out")
 
     @property
+    def gone(self) -> str:
+        """The name it is deleted under."""
+        return own_name(self.file, self.owner, "gone")
+
+    @property
     def where(self) -> str:
         """Where it lies, for messages."""
         return os.path.join(self.path, str(self.file))
@@ -69,8 +78,7 @@ def set_aside(place: Place, expected: Seen | Expected | None) -> Aside | None:
     kind = place.file.file_type
     try:
         with opened_type(place.path, place.storage, kind) as type_fd:
-            delete_own(place.path, place.storage, place.file, place.aside)
-            delete(place.aside, type_fd)
+            _clear(place, type_fd)
             _check(place.file.sector.name, place, type_fd, expected)
             try:
                 with opened_fetching(type_fd, place.path, kind, make=True) as fd:
@@ -86,16 +94,34 @@ def set_aside(place: Place, expected: Seen | Expected | None) -> Aside | None:
         return None
 
 
-def put_back(aside: Aside) -> None:
-    """Give a file its name again; `FileExistsError` when something else came there meanwhile."""
+def _clear(place: Place, type_fd: int) -> None:
+    """Bring an earlier attempt to an end."""
+    for name in (place.gone, place.aside):
+        if name == place.aside and not exists(place.file.sector.name, type_fd):
+            with suppress(FileNotFoundError):
+                put_back(Aside(place, beside=exists(name, type_fd)))
+            continue
+        delete(name, type_fd)
+        delete_own(place.path, place.storage, place.file, name)
+
+
+@contextmanager
+def _opened(aside: Aside) -> Iterator[tuple[int, int]]:
+    """Descriptors of the type directory, and of the one that the file is set aside in."""
     place, kind = aside.place, aside.place.file.file_type
-    final = place.file.sector.name
     with opened_type(place.path, place.storage, kind) as type_fd:
         if aside.beside:
-            rename_new(place.aside, final, source_fd=type_fd, target_fd=type_fd)
+            yield type_fd, type_fd
         else:
             with opened_fetching(type_fd, place.path, kind) as fd:
-                rename_new(place.aside, final, source_fd=fd, target_fd=type_fd)
+                yield type_fd, fd
+
+
+def put_back(aside: Aside) -> None:
+    """Give a file its name again; `FileExistsError` when something else came there meanwhile."""
+    place = aside.place
+    with _opened(aside) as (type_fd, fd):
+        rename_new(place.aside, place.file.sector.name, source_fd=fd, target_fd=type_fd)
         os.fsync(type_fd)
 
 
@@ -111,14 +137,16 @@ def put_back_late(aside: Aside | None) -> None:
         log.warning("%s was set aside too late, and is back", aside.place.where)
 
 
+def give_up(aside: Aside) -> None:
+    """It is not to come back, not even after a crash."""
+    with _opened(aside) as (_, fd):
+        os.rename(aside.place.aside, aside.place.gone, src_dir_fd=fd, dst_dir_fd=fd)
+
+
 def delete_aside(aside: Aside) -> None:
-    """Delete what was set aside."""
-    place = aside.place
-    if not aside.beside:
-        delete_own(place.path, place.storage, place.file, place.aside)
-        return
-    with opened_type(place.path, place.storage, place.file.file_type) as type_fd:
-        delete(place.aside, type_fd)
+    """Delete what was given up."""
+    with _opened(aside) as (_, fd):
+        delete(aside.place.gone, fd)
 
 
 def _rename(place: Place, type_fd: int, target_fd: int, expected: Seen | Expected | None) -> None:
