@@ -321,6 +321,24 @@ def test_stale_api_file_counts_as_no_node(repo: Repo) -> None:
         assert repo.api() is None
 
 
+def test_stale_api_file_never_passes_for_that_of_a_new_holder(repo: Repo) -> None:
+    """Looked at from another process at every moment of a start."""
+    repo.create()
+    (repo.root / "api").write_text("http://127.0.0.1:1\n")
+    asked: list[str | None] = []
+    write = os.pwrite
+
+    def pwrite(fd: int, data: bytes, offset: int) -> int:
+        asked.append((repo.root / "api").read_text() if (repo.root / "api").exists() else None)
+        return write(fd, data, offset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        with repo.lock():
+            assert not (repo.root / "api").exists()
+    assert asked == [None]
+
+
 def test_api_file_of_a_holder(repo: Repo) -> None:
     with repo.lock():
         assert repo.api() is None

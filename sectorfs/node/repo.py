@@ -130,7 +130,6 @@ class Repo:
         except OSError as exc:
             raise from_os(exc, "cannot be locked", self.root / "lock") from exc
         try:
-            self.remove_api()  # of a node that was killed
             yield
         finally:
             os.close(fd)
@@ -158,6 +157,8 @@ class Repo:
             return False
         if os.fstat(fd).st_ino != _inode(path):
             return False  # somebody replaced the file meanwhile
+        # Of a node that was killed; gone before a live pid is noted, or it would pass for ours.
+        self.remove_api()
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         return True
