@@ -17,7 +17,7 @@ from sectorfs.stores import metadata
 from sectorfs.stores.copies import Copies, Partial
 from sectorfs.stores.lanes import Lane
 from sectorfs.types import Facts, FileType, MemberFacts, SectorFile, SectorID
-from tests.wire_fixtures import open_fds
+from tests.wire_fixtures import fds_return_to, open_fds
 
 SECTOR = SectorID(1000, 7)
 SEALED = SectorFile(FileType.SEALED, SECTOR)
@@ -115,7 +115,7 @@ async def test_file_is_whole_once_committed(copies: Copies, data: bytes) -> None
     assert await content(copies, SEALED, len(data)) == data
     assert await copies.exists(SEALED)
     await idle(copies)
-    assert open_fds() == before
+    await fds_return_to(before)
 
 
 async def test_copy_of_another_size_or_time_is_none(copies: Copies) -> None:
@@ -177,7 +177,7 @@ async def test_begin_that_is_given_up_leaks_no_descriptor(copies: Copies) -> Non
         scope.cancel()
         await copies.begin(SEALED, None, 1)
     await idle(copies)
-    assert open_fds() == before
+    await fds_return_to(before)
 
 
 async def test_file_whose_name_another_took_is_not_put_in_place(copies: Copies) -> None:

@@ -15,7 +15,7 @@ from sectorfs.stores.trailer import PartialFile
 from sectorfs.types import SectorFile
 from sectorfs.wire.tokens import sign
 from tests.archive_fixtures import SECRET, Served, served
-from tests.wire_fixtures import FolderFiles, open_fds, wait_until
+from tests.wire_fixtures import FolderFiles, fds_return_to, open_fds
 
 SIZE = 2048
 UNPADDED = 2032
@@ -93,7 +93,7 @@ async def test_allocated_or_not(root: Path, target: str, status: int) -> None:
         assert (answer.body == b"") == (status == 200)
         head = await node.ask(target, method="HEAD")
         assert (head.status, head.body) == (status, b"")
-    await wait_until(lambda: open_fds() == before)  # lanes close in threads of their own
+    await fds_return_to(before)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ async def test_what_is_no_such_question(root: Path, target: str, status: int) ->
         answer = await node.ask(target)
         assert answer.status == status
         assert answer.body.count(b"\n") == 1
-    await wait_until(lambda: open_fds() == before)  # lanes close in threads of their own
+    await fds_return_to(before)
 
 
 @pytest.mark.parametrize("number", [10, 11])
@@ -145,7 +145,7 @@ async def test_a_damaged_file_is_the_servers_fault_and_says_what(root: Path, num
         assert answer.status == 502
         assert f"unsealed/s-t01000-{number}" in answer.body.decode()
         assert (await node.ask(path(7))).status == 200
-    await wait_until(lambda: open_fds() == before)  # lanes close in threads of their own
+    await fds_return_to(before)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,15 @@ from sectorfs.wire.messages import LateFile, PartedBody, Reply, Request
 from tests.archive_fixtures import COMPLETE, FINALIZED, READ, served, write_directory
 from tests.local_fixtures import make_path, make_store, switched_index
 from tests.tar_fixtures import read
-from tests.wire_fixtures import FolderFiles, file_body, open_fds, raw, running, wait_until
+from tests.wire_fixtures import (
+    FolderFiles,
+    fds_return_to,
+    file_body,
+    open_fds,
+    raw,
+    running,
+    wait_until,
+)
 
 CACHE = "/remote/cache/s-t01000-7"
 SEALED = "/remote/sealed/s-t01000-7"
@@ -59,7 +67,7 @@ async def test_a_directory_comes_as_a_closed_tar_of_known_length(tmp_path: Path)
         del head.headers["date"], answer.headers["date"]
         assert head.headers == answer.headers
         assert (await node.ask(CACHE)).body == answer.body
-    await wait_until(lambda: open_fds() == before)  # lanes close in threads of their own
+    await fds_return_to(before)
 
 
 @pytest.mark.parametrize("query", ["?mincache", "?mincache=", "?mincache=true", "?x=1&mincache=0"])
@@ -98,7 +106,7 @@ async def test_a_part_of_a_directory_is_refused_in_a_line(tmp_path: Path, text: 
         assert f"{CACHE}/files" in answer.body.decode()
         assert answer.body.count(b"\n") == 1
         assert (await node.ask(CACHE, ("Range", text), method="HEAD")).status == 200
-    await wait_until(lambda: open_fds() == before)  # lanes close in threads of their own
+    await fds_return_to(before)
 
 
 async def test_a_directory_that_is_known_is_not_sent_again(tmp_path: Path) -> None:
@@ -113,7 +121,7 @@ async def test_a_directory_that_is_known_is_not_sent_again(tmp_path: Path) -> No
         assert (await node.ask(CACHE, ("If-Match", '"x"'))).status == 412
         os.utime(directory / "p_aux", ns=(1, 1))
         assert (await node.ask(CACHE, ("If-None-Match", tag))).status == 200
-    await wait_until(lambda: open_fds() == before)  # lanes close in threads of their own
+    await fds_return_to(before)
 
 
 async def test_directories_that_are_not_here(tmp_path: Path) -> None:
@@ -200,7 +208,7 @@ async def test_a_file_that_changes_ends_the_connection(
         first = FINALIZED["p_aux"]
         assert body[512 : 512 + len(first)] == first
         assert b"t" * 100 not in body
-    await wait_until(lambda: open_fds() == before)  # lanes close in threads of their own
+    await fds_return_to(before)
     assert "reply broken off" in caplog.text
     assert str(directory) in caplog.text or change == "shrinks later"
 
@@ -233,7 +241,7 @@ async def test_a_client_that_goes_away_leaves_nothing_open(tmp_path: Path) -> No
             assert await client.stream.receive_some()
             assert any("layer-1" in name for name in await _opened("layer-1"))
         await wait_until(lambda: not any("s-t01000-7" in name for name in open_fds()))
-    await wait_until(lambda: open_fds() == before)  # lanes close in threads of their own
+    await fds_return_to(before)
 
 
 async def _opened(name: str) -> set[str]:
@@ -298,7 +306,7 @@ async def test_a_part_of_another_length_ends_the_connection(
             await client.answer()
     assert closed == ["once"]
     assert "4 bytes instead of the 5 promised" in caplog.text
-    await wait_until(lambda: open_fds() == before)  # lanes close in threads of their own
+    await fds_return_to(before)
 
 
 # Several ranges
@@ -342,7 +350,7 @@ async def test_several_ranges(tmp_path: Path, text: str, spans: list[tuple[int, 
         ]
         head = await node.ask(SEALED, ("Range", text), method="HEAD")
         assert (head.status, head.headers["content-length"]) == (200, "1000")
-    await wait_until(lambda: open_fds() == before)  # lanes close in threads of their own
+    await fds_return_to(before)
 
 
 @pytest.mark.parametrize(
@@ -364,7 +372,7 @@ async def test_ranges_that_ask_too_much_are_416(tmp_path: Path, text: str) -> No
         answer = await node.ask(SEALED, ("Range", text))
         assert (answer.status, answer.headers["content-range"]) == (416, "bytes */1000")
         assert b"range" in answer.body
-    await wait_until(lambda: open_fds() == before)  # lanes close in threads of their own
+    await fds_return_to(before)
 
 
 async def test_several_ranges_if_the_content_is_still_the_same(tmp_path: Path) -> None:
@@ -401,5 +409,5 @@ async def test_a_file_that_shrinks_between_ranges_ends_the_connection(
     async with served(Shrinking(tmp_path)) as node:
         with pytest.raises(Exception, match="broke off"):
             await node.ask(SEALED, ("Range", "bytes=0-9,900-999"))
-    await wait_until(lambda: open_fds() == before)  # lanes close in threads of their own
+    await fds_return_to(before)
     assert "the file ended after 0 of 100 bytes" in caplog.text

@@ -23,7 +23,7 @@ from sectorfs.wire.client import Client
 from sectorfs.wire.messages import Reply, Request
 from sectorfs.wire.server import Handler
 from sectorfs.wire.tokens import Secret, sign
-from tests.wire_fixtures import PATIENT, FolderFiles, open_fds, running
+from tests.wire_fixtures import PATIENT, FolderFiles, fds_return_to, open_fds, running
 
 SECRET = Secret(bytes(range(32)))
 OTHER = Secret(bytes(32))
@@ -188,7 +188,7 @@ async def test_bad_ranges_are_416(tmp_path: Path, text: str) -> None:
         assert answer.headers["content-range"] == f"bytes */{SIZE}"
         assert "range" in answer.text
         assert (await it.ask(PATHS[0])).status == 200
-    assert open_fds() == before
+    await fds_return_to(before)
 
 
 @pytest.mark.parametrize("text", ["bytes=0-0", "bytes=-5", "bytes=0-"])
@@ -215,7 +215,7 @@ async def test_conditional_requests(tmp_path: Path) -> None:
         os.utime(tmp_path / "sealed/s-t01000-7", ns=(1, 10**18))
         assert (await it.ask(PATHS[0], ("If-None-Match", tag))).status == 200
         assert (await it.ask(PATHS[0], one, ("If-Range", tag))).status == 200
-    assert open_fds() == before
+    await fds_return_to(before)
 
 
 NOW = validators(inode=1, size=2, mtime_ns=10**18)
@@ -514,7 +514,7 @@ async def test_no_file_stays_open(tmp_path: Path) -> None:
         assert len(it.files.opened) == 6
         for opened in it.files.opened:
             assert opened.descriptor.closed
-    assert open_fds() == before
+    await fds_return_to(before)
 
 
 async def test_a_reply_that_cannot_be_made_closes_its_file(

@@ -33,6 +33,7 @@ from tests.wire_fixtures import (
     PATIENT,
     QUICK,
     FolderFiles,
+    fds_return_to,
     hang,
     open_fds,
     peer,
@@ -295,7 +296,7 @@ async def test_fetches_that_fail(
         with pytest.raises(error, match=text) as info:
             await fetch(client, base, tmp_path / "f", 3)
         assert "s-t01000-7" in str(info.value)
-    assert open_fds() == before
+    await fds_return_to(before)
     assert SOURCE_FAILURES._value.get() == failures + 1
 
 
@@ -463,4 +464,4 @@ async def test_a_cancelled_fetch_leaves_nothing(tmp_path: Path) -> None:
             await begun.wait()
             nursery.cancel_scope.cancel()
         assert plain.busy(url) == 0
-    assert open_fds() == before
+    await fds_return_to(before)

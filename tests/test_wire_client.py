@@ -30,6 +30,7 @@ from tests.wire_fixtures import (
     PATIENT,
     QUICK,
     Script,
+    fds_return_to,
     file_body,
     hang,
     octets,
@@ -253,7 +254,7 @@ async def test_answers_that_are_errors(script: Script, error: type[Exception], t
         assert "secret" not in str(info.value)
         assert url in str(info.value)
         assert client.busy(url) == 0
-    assert open_fds() == before
+    await fds_return_to(before)
 
 
 async def test_a_peer_that_takes_no_request() -> None:
@@ -492,7 +493,7 @@ async def test_a_closed_client_keeps_and_asks_nothing() -> None:
             assert await response.read(10) == b"ok"
         with pytest.raises(Refused, match="closed"):
             await get(client, url)
-    assert open_fds() == before
+    await fds_return_to(before)
 
 
 # Cancellation
@@ -517,7 +518,7 @@ async def test_cancellation_closes_and_releases(answer: bytes, tmp_path: Path) -
                 assert client.busy(url) == 1
                 nursery.cancel_scope.cancel()
             assert client.busy(url) == 0
-    assert open_fds() == before
+    await fds_return_to(before)
     assert len(seen) == 2
 
 
@@ -616,7 +617,7 @@ async def test_bodies_of_another_length(tmp_path: Path, answer: bytes, text: str
             await save(client, url, tmp_path / "f", 5)
         assert url in info.value.thing
         assert client.busy(url) == 0
-    assert open_fds() == before
+    await fds_return_to(before)
 
 
 async def test_a_body_that_stalls(tmp_path: Path) -> None:

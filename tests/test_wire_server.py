@@ -14,7 +14,7 @@ import trio
 from sectorfs.errors import Forbidden, NotFound, StorageUnavailable
 from sectorfs.stores.lanes import Lane
 from sectorfs.wire.messages import Limits, Reply, Request, is_loopback, parse_target, text_reply
-from tests.wire_fixtures import file_body, octets, open_fds, raw, running, wait_until
+from tests.wire_fixtures import fds_return_to, file_body, octets, open_fds, raw, running, wait_until
 
 GET = "GET /{} HTTP/1.1\r\nHost: x\r\n{}\r\n"
 
@@ -418,7 +418,7 @@ async def test_a_piece_of_a_file(tmp_path: Path) -> None:
             assert body == data[1000:2_501_000]
         await client.send(get("", method="HEAD"))
         assert (await client.answer("HEAD"))[1]["content-length"] == "2500000"
-    assert open_fds() == before
+    await fds_return_to(before)
 
 
 async def test_an_empty_file(tmp_path: Path) -> None:
@@ -485,7 +485,7 @@ async def test_a_client_that_stops_reading_holds_no_thread(
             assert not bodies[0].descriptor.closed
             await wait_until(lambda: bodies[0].descriptor.closed)
         assert "took nothing" in caplog.text
-    assert open_fds() == before
+    await fds_return_to(before)
 
 
 async def test_a_slow_client_that_goes_on_reading_is_served(tmp_path: Path) -> None:
@@ -578,7 +578,7 @@ async def test_a_client_that_goes_away_in_mid_body(tmp_path: Path) -> None:
             await client.stream.receive_some(1000)
         await wait_until(lambda: bodies[0].descriptor.closed)
         await wait_until(lambda: lane.busy == 0)
-    assert open_fds() == before
+    await fds_return_to(before)
 
 
 async def test_stopping_the_server_closes_everything(tmp_path: Path) -> None:
@@ -609,7 +609,7 @@ async def test_stopping_the_server_closes_everything(tmp_path: Path) -> None:
             await stream.aclose()
         nursery.cancel_scope.cancel()
     await wait_until(lambda: lane.busy == 0)
-    assert open_fds() == before
+    await fds_return_to(before)
 
 
 async def test_a_send_given_up_at_the_disks_deadline_touches_no_other_connection(

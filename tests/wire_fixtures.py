@@ -32,6 +32,13 @@ async def wait_until(condition: Callable[[], bool]) -> None:
             await trio.sleep(0.005)
 
 
+async def fds_return_to(before: set[str]) -> None:
+    """Until everything opened since is closed: lanes close in threads of their own."""
+    with suppress(trio.TooSlowError):
+        await wait_until(lambda: open_fds() == before)
+    assert open_fds() == before
+
+
 def open_fds() -> set[str]:
     """What every open descriptor of this process points at, by number."""
     found = set()
