@@ -64,8 +64,14 @@ class Node:
         self.wire = Wire(index)
         self.catalog = Catalog()
         self.found: list[FileChange] = []
+        self.now: float | None = None  # a time of the test's own
         self.feed = Feed(
-            self.wire, self.catalog, heartbeat=10, on_change=self.found.extend, clock_ns=Clock()
+            self.wire,
+            self.catalog,
+            heartbeat=10,
+            on_change=self.found.extend,
+            clock=lambda: trio.current_time() if self.now is None else self.now,
+            clock_ns=Clock(),
         )
 
     async def caught_up(self) -> None:
@@ -175,6 +181,13 @@ async def test_pruned_changes_are_made_up_for_by_a_snapshot(tmp_path: Path) -> N
         assert len(node.found) == 8
 
 
+async def look(node: Node, at: float) -> None:
+    """Look at an Index that was replaced, so many seconds after the first look; begins at 0."""
+    node.now = at
+    with trio.move_on_after(0.2):  # it rests after a look that did not content it
+        await steps(node)
+
+
 async def test_another_index_is_taken_over_without_a_gap(node: Node, tmp_path: Path) -> None:
     await node.index.declare([held("a", 1), held("a", 2)])
     await steps(node)
@@ -183,9 +196,56 @@ async def test_another_index_is_taken_over_without_a_gap(node: Node, tmp_path: P
         await other.attach(info("b"), STAT)
         await other.declare([held("b", 2), held("b", 3)])
         node.wire.index = other
-        await steps(node, 2)
+        await look(node, 0)
+        for at in (0, 20, 59):  # storage a may still come
+            await look(node, at)
+            assert node.catalog.sectors(FileType.SEALED) == (file(1).sector, file(2).sector)
+        await look(node, 60)
     assert [(one.file, one.vanished) for one in node.found] == [(file(1), True), (file(3), False)]
     assert [one.info.storage for one in node.catalog.storages()] == ["b"]
+
+
+async def test_an_index_that_comes_back_empty_never_empties_the_tree(
+    node: Node, tmp_path: Path
+) -> None:
+    await node.index.attach(info("b"), STAT)
+    await node.index.declare([held("a", 1), held("b", 2)])
+    await steps(node)
+    node.found.clear()
+    async with open_index(tmp_path / "other.db") as other:
+        node.wire.index = other
+        await look(node, 0)
+        await look(node, 1)
+        await other.attach(info("a"), STAT)
+        await other.declare([held("a", 1)])
+        await look(node, 15)  # quiet for long, but b is missing
+        await other.attach(info("b"), STAT)
+        await look(node, 16)
+        await look(node, 25)  # there, but it may still be declaring
+        await other.declare([held("b", 2)])
+        await look(node, 26)
+        await look(node, 35)
+        assert node.catalog.epoch != (await other.snapshot()).epoch
+        await look(node, 36)
+        assert node.catalog.epoch == (await other.snapshot()).epoch
+        await other.declare([held("b", 3)])
+        node.now = None
+        await steps(node)
+    assert [(one.file, one.appeared) for one in node.found] == [(file(3), True)]
+
+
+async def test_an_index_replaced_twice_is_given_its_own_time(node: Node, tmp_path: Path) -> None:
+    await steps(node)
+    async with open_index(tmp_path / "b.db") as second, open_index(tmp_path / "c.db") as third:
+        node.wire.index = second
+        await look(node, 0)
+        await look(node, 59)
+        node.wire.index = third
+        await look(node, 60)
+        await look(node, 119)
+        assert [one.info.storage for one in node.catalog.storages()] == ["a"]
+        await look(node, 120)
+        assert not node.catalog.storages()
 
 
 async def test_index_replaced_between_two_pages(node: Node, tmp_path: Path) -> None:

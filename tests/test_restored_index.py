@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import trio
+
 from sectorfs.index.catalog import Catalog
 from sectorfs.index.feed import Feed
 from sectorfs.index.protocol import Declaration, FsStat, StorageInfo
@@ -33,7 +35,7 @@ async def test_changes_after_a_restore_are_not_taken_for_those_that_were_lost(
         feed = Feed(
             index,
             catalog,
-            heartbeat=10,
+            heartbeat=0.05,
             on_change=lambda _: None,
             on_reload=lambda: asked.append(True),
         )
@@ -45,9 +47,10 @@ async def test_changes_after_a_restore_are_not_taken_for_those_that_were_lost(
         for number in range(3, 9):
             await index.declare([declaration(number)])
         feed.index = index
-        for _ in range(3):
-            await feed.step(wait=0)
         page = await index.snapshot()
+        with trio.fail_after(20):
+            while catalog.epoch != page.epoch:
+                await feed.step(wait=0)
         assert asked == [True]
         assert set(catalog.files_of(STORAGE)) == {one.file for one in page.declarations}
         assert (catalog.epoch, catalog.seq) == (page.epoch, page.seq)

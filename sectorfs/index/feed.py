@@ -4,6 +4,9 @@ One loop asks; nothing else does. Whatever fails, the catalog stays as it is and
 a little later: an Index that is away, or a token it does not take, never empties the tree. Answers
 are applied in slices with a checkpoint between them, so that the kernel is not kept waiting.
 
+An Index that was replaced, or restored from a backup, lacks what the nodes are about to declare
+anew. It is taken over once they have: until then the tree stays as it was (`_Newcomer`).
+
 Cancelled anywhere it leaves a catalog that is right as of its `seq`, or one in the middle of a
 merge, which the next `step` begins anew.
 """
@@ -22,7 +25,7 @@ import trio
 from sectorfs import metrics
 from sectorfs.errors import SectorFSError, Unreachable
 from sectorfs.index.catalog import Catalog, FileChange, Reload
-from sectorfs.index.protocol import Changes, LocationKey, SectorIndex
+from sectorfs.index.protocol import Changes, LocationKey, SectorIndex, SnapshotPage
 from sectorfs.types import StorageID
 
 log = logging.getLogger(__name__)
@@ -31,8 +34,33 @@ PAGE = 500
 """Rows asked for at a time: decoding and applying them takes a few milliseconds."""
 SLICE = 250
 """Changes applied without a checkpoint."""
+PATIENCE = 6
+"""Heartbeats after which a replaced Index is taken over, whatever it still lacks."""
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 5.0
+
+
+class _Newcomer:
+    """Judges when an Index of another epoch knows again what the nodes have.
+
+    It does once every storage known before is attached and nothing was declared for a heartbeat:
+    within one each node notices. Storages of nodes that are gone never come: patience ends.
+    """
+
+    def __init__(self, page: SnapshotPage, now: float, heartbeat: float) -> None:
+        self.epoch = page.epoch
+        self._seq = page.seq
+        self._heartbeat = heartbeat
+        self._quiet_since = now
+        self._until = now + PATIENCE * heartbeat
+
+    def ready(self, page: SnapshotPage, known: set[StorageID], now: float) -> bool:
+        """Look at its first page: may the catalog become what it says?"""
+        if page.seq != self._seq:
+            self._seq, self._quiet_since = page.seq, now
+        complete = known <= {status.info.storage for status in page.storages}
+        quiet = now - self._quiet_since >= self._heartbeat
+        return (complete and quiet) or now >= self._until
 
 
 class Feed:
@@ -60,6 +88,7 @@ class Feed:
         self._clock = clock
         self._clock_ns = clock_ns
         self._reload = True
+        self._newcomer: _Newcomer | None = None
         self._refresh_at = 0.0
         self._answered: float | None = None
         self._failure = ""
@@ -117,12 +146,27 @@ class Feed:
                 return  # the Index was replaced between two pages: begin anew
             if after is not None and page.after is not None and page.after <= after:
                 raise Unreachable("the Index repeats a page of its snapshot", str(after.file))
+            if after is None and self._is_incomplete(page):
+                await trio.sleep(self._heartbeat / 4)
+                return
             found = reload.add(page, now_ns=self._clock_ns(), now=self._clock())
             self._reload = page.after is not None
             self._applied(found)
             if page.after is None:
                 return
             after = page.after
+
+    def _is_incomplete(self, page: SnapshotPage) -> bool:
+        """True while this is another Index than the catalog's, and the nodes still declare."""
+        if not self.catalog.loaded or page.epoch == self.catalog.epoch:
+            self._newcomer = None
+            return False
+        now = self._clock()
+        if self._newcomer is None or self._newcomer.epoch != page.epoch:
+            log.info("the Index was replaced: the tree stays until the nodes have declared anew")
+            self._newcomer = _Newcomer(page, now, self._heartbeat)
+        known = {status.info.storage for status in self.catalog.storages()}
+        return not self._newcomer.ready(page, known, now)
 
     async def _refresh(self) -> None:
         """Heartbeats make no changes: space and age are asked for now and then."""
