@@ -124,6 +124,22 @@ def test_names_stay_ascending_in_any_order_of_arrival() -> None:
     assert [one.number for one in catalog.sectors(FileType.SEALED)] == [10, 15, 16, 25, 30]
 
 
+def test_listing_keeps_its_names_and_shows_what_is_known_now() -> None:
+    catalog = loaded(*(held("a", number, facts=F1) for number in (1, 2, 3)), held("a", 4))
+    names = catalog.sectors(FileType.SEALED)
+    apply(catalog, dropped=(key("a", 2),), declared=(held("a", 3, facts=F2), held("a", 9)))
+    assert catalog.count(FileType.SEALED) == 4
+    assert catalog.count(FileType.CACHE) == 0
+    assert list(names) == [sector(number) for number in (1, 2, 3, 4)]
+    assert catalog.listed(FileType.SEALED, names, 0, 3) == [
+        (1000, 1, 1, 10, True),
+        None,
+        (1000, 3, 2, 20, True),
+    ]
+    assert catalog.listed(FileType.SEALED, names, 3, 100) == [(1000, 4, 0, 0, False)]
+    assert catalog.listed(FileType.SEALED, names, 4, 100) == []
+
+
 def test_new_facts_of_a_copy_change_nothing_that_shows() -> None:
     catalog = loaded(held("a", 1, facts=F1), held("b", 1, facts=F1, primary=False))
     assert apply(catalog, declared=(held("b", 1, facts=F2, primary=False),)) == []

@@ -64,7 +64,7 @@ class CatalogView(Protocol):
     def entry(self, file: SectorFile) -> EntryView | None:
         """One sector file, or None when nobody declares it."""
 
-    def sectors(self, file_type: FileType) -> tuple[SectorID, ...]:
+    def sectors(self, file_type: FileType) -> Sequence[SectorID]:
         """Sectors with a file of this type, ascending."""
 
     def types(self) -> frozenset[FileType]:
@@ -107,7 +107,7 @@ class DirectoryEntry(msgspec.Struct, frozen=True):
     key: InodeKey | None
 
 
-_Names = tuple[FileType, ...] | tuple[SectorID, ...] | tuple[MemberFacts, ...]
+_Names = tuple[FileType, ...] | Sequence[SectorID] | tuple[MemberFacts, ...]
 
 
 class Listing(msgspec.Struct, frozen=True):

@@ -43,6 +43,10 @@ class FileChange(msgspec.Struct, frozen=True):
     vanished: bool
 
 
+Listed = tuple[int, int, int, int, bool]
+"""A sector file in a listing: miner, number, size, mtime_ns, and whether anybody told the facts."""
+
+
 class _Names:
     """The sectors of one type, ascending; shown as a tuple that is made once per change."""
 
@@ -138,9 +142,30 @@ class Catalog:
                 return one.facts
         return None
 
-    def sectors(self, file_type: FileType) -> tuple[SectorID, ...]:
-        """The sectors that have a file of a type, ascending."""
+    def sectors(self, file_type: FileType) -> Sequence[SectorID]:
+        """The sectors that have a file of a type, ascending; stays as it is when they change."""
         return self._names[file_type].shown()
+
+    def count(self, file_type: FileType) -> int:
+        """How many sectors have a file of a type."""
+        return len(self._names[file_type].sectors)
+
+    def listed(
+        self, file_type: FileType, names: Sequence[SectorID], start: int, limit: int
+    ) -> list[Listed | None]:
+        """What is known now of `limit` sectors of a listing, from position `start` on.
+
+        `names` came from `sectors`. One item for each; None for a sector that is gone since.
+        """
+        found: list[Listed | None] = []
+        for sector in names[start : start + limit]:
+            entry = self._entries.get(SectorFile(file_type, sector))
+            if entry is None:
+                found.append(None)
+                continue
+            size, mtime_ns = (entry.facts.size, entry.facts.mtime_ns) if entry.facts else (0, 0)
+            found.append((sector.miner, sector.number, size, mtime_ns, entry.facts is not None))
+        return found
 
     def types(self) -> frozenset[FileType]:
         """The types with at least one file."""
