@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sectorfs.errors import BadInput, SourceFailed, TooLarge
-from sectorfs.stores import tar_blocks, tar_writer
+from sectorfs.stores import members, tar_blocks
 from sectorfs.stores.layout import FULL, MINIMAL
 from sectorfs.stores.tar_reader import MemberBegins, MemberEnds, TarReader
 from sectorfs.stores.tar_writer import TarMember, TarWriter
@@ -353,9 +353,9 @@ def test_all_files_together_have_a_cap() -> None:
 
 
 def test_files_are_not_without_number() -> None:
-    most = b"".join(header(f"f{index}") for index in range(tar_writer.MAX_MEMBERS))
-    assert len(read([most])[0]) == tar_writer.MAX_MEMBERS
-    with pytest.raises(TooLarge, match="more than 4096 files"):
+    most = b"".join(header(f"f{index}") for index in range(members.MAX_MEMBERS))
+    assert len(read([most])[0]) == members.MAX_MEMBERS
+    with pytest.raises(TooLarge, match="more than 10000 files"):
         read([most, header("p_aux")])
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sectorfs.errors import BadInput, TooLarge
-from sectorfs.stores import tar_writer
+from sectorfs.stores import members
 from sectorfs.stores.tar_writer import FilePart, TarMember, TarWriter, members_of
 from sectorfs.types import MAX_NUMBER
 from tests.tar_fixtures import MTIME, members_for, parts, stream
@@ -193,13 +193,13 @@ def test_a_name_twice_is_refused() -> None:
 
 
 def test_more_files_than_readers_take_are_refused() -> None:
-    most = [member(f"f{index}") for index in range(tar_writer.MAX_MEMBERS)]
+    most = [member(f"f{index}") for index in range(members.MAX_MEMBERS)]
     assert TarWriter(most).length
-    with pytest.raises(TooLarge, match="4096 files"):
+    with pytest.raises(TooLarge, match="10000 files"):
         TarWriter([*most, member()])
 
 
-def test_only_regular_files_with_plain_names_travel(
+def test_only_regular_files_with_plain_names_travel_and_links_to_such(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "sectorfs.stores.tar_writer")
@@ -207,9 +207,11 @@ def test_only_regular_files_with_plain_names_travel(
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "directory").mkdir()
     (tmp_path / "link").symlink_to("p_aux")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "up").symlink_to("directory")
     os.mkfifo(tmp_path / "fifo")
-    assert [member.name for member in members_of(tmp_path)] == ["p_aux", "t_aux"]
-    left = {"'.hidden'", "'layer.tmp'", "'directory'", "'link'", "'fifo'"}
+    assert [member.name for member in members_of(tmp_path)] == ["link", "p_aux", "t_aux"]
+    left = {"'.hidden'", "'layer.tmp'", "'directory'", "'dangling'", "'up'", "'fifo'"}
     assert {record.getMessage().split()[1] for record in caplog.records} == left
 
 

@@ -20,8 +20,8 @@ from sectorfs.stores.tar_writer import TarMember, members_of
 from sectorfs.types import StorageID
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-# O_NONBLOCK: opening a FIFO would wait for a writer.
-_MEMBER = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+# O_NONBLOCK: opening a FIFO would wait for a writer. Links are followed: see `members`.
+_MEMBER = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 class OpenDirectory(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,7 +29,7 @@ class OpenDirectory(msgspec.Struct, frozen=True, kw_only=True):
 
     descriptor: Descriptor
     members: tuple[TarMember, ...]
-    """Its regular files with plain names, ascending."""
+    """Its files, by ascending name."""
     mtime_ns: int
     inode: int
     storage: StorageID

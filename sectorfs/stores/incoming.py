@@ -77,13 +77,15 @@ class Incoming:
     async def link(self, source: str, seen: Seen) -> bool:
         """Give the same bytes a second name; False when the two are not on one file system.
 
-        A link to a link would stay one: those are copied.
+        A link to a symbolic link would stay one: what they name is copied.
         """
         if seen.is_link:
             return False
         return await self._lane.run(lambda: self._link(source, seen), what=f"link {self._file}")
 
     def _link(self, source: str, seen: Seen) -> bool:
+        if any(os.path.islink(_part(source, part)) for part in seen.parts):
+            return False
         for part in seen.parts:
             try:
                 os.link(_part(source, part), _part(self.where, part), follow_symlinks=False)

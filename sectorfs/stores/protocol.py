@@ -30,6 +30,8 @@ class OpenFile(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     lane: Lane
     """Blocking reads of it go through here."""
+    file_system: str = ""
+    """Name of the local file system it lies on; empty where it is not proved to be local."""
 
     def close(self) -> None:
         """Close once the last thread that reads has left."""
@@ -41,7 +43,7 @@ class SectorDirectory(Protocol):
 
     @property
     def members(self) -> tuple[TarMember, ...]:
-        """Its regular files with plain names, by ascending name."""
+        """Its files, by ascending name."""
 
     @property
     def mtime_ns(self) -> int:

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 import msgspec
 
 from sectorfs.errors import BadInput, DiskError, NotFound, StorageUnavailable, from_os
+from sectorfs.stores.members import MAX_MEMBERS, member_stat
 from sectorfs.stores.metadata import METADATA_NAME, read_metadata
 from sectorfs.types import (
     Facts,
@@ -27,14 +28,11 @@ from sectorfs.types import (
     SectorFile,
     SectorID,
     StorageID,
-    parse_member_name,
     parse_sector,
 )
 
 STEP_ENTRIES = 5000
 """Names read between two yields of `Names.steps`."""
-MAX_MEMBERS = 10_000
-"""Files in one sector directory; a real one has about fifty."""
 MAX_ODD = 1000
 """Odd names remembered of one directory."""
 LOOK_BUDGET = 1.0
@@ -311,27 +309,15 @@ def _look_directory(type_fd: int, name: str) -> Facts | Odd:
         mtime_ns = os.fstat(fd).st_mtime_ns
         with os.scandir(fd) as entries:
             for entry in entries:
-                member = _look_member(entry)
-                if member is not None:
-                    members.append(member)
+                found = member_stat(entry)  # what is unreadable raises for the whole
+                if found is not None:
+                    members.append(MemberFacts(entry.name, found.st_size, found.st_mtime_ns))
                 if len(members) > MAX_MEMBERS:
                     return Odd(f"has more than {MAX_MEMBERS} files")
     finally:
         os.close(fd)
     members.sort()
     return Facts(sum(member.size for member in members), mtime_ns, tuple(members))
-
-
-def _look_member(entry: os.DirEntry[str]) -> MemberFacts | None:
-    """One file of a sector directory; None for what is not one. Unreadable raises for the whole."""
-    try:
-        parse_member_name(entry.name)
-        found = entry.stat()
-    except (ValueError, FileNotFoundError):
-        return None
-    if not stat.S_ISREG(found.st_mode):
-        return None
-    return MemberFacts(entry.name, found.st_size, found.st_mtime_ns)
 
 
 def _kind(mode: int) -> str:

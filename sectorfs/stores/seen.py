@@ -88,20 +88,24 @@ def see(name: str, file: SectorFile, where: str, *, dir_fd: int | None = None) -
 
 
 def _parts(name: str, where: str, dir_fd: int | None) -> tuple[Part, ...]:
-    parts = []
     fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dir_fd)
     try:
         with os.scandir(fd) as entries:
-            for entry in entries:
-                found = entry.stat()
-                if not stat.S_ISREG(found.st_mode):
-                    raise Refused(
-                        f"has {entry.name!r}, which is no regular file", where, "move it by hand"
-                    )
-                parts.append(Part(entry.name, found.st_size, found.st_mtime_ns, found.st_ino))
+            return tuple(sorted(_part(entry, where) for entry in entries))
     finally:
         os.close(fd)
-    return tuple(sorted(parts))
+
+
+def _part(entry: os.DirEntry[str], where: str) -> Part:
+    """A file of a sector directory: stricter than `members`, for nothing is to be left behind."""
+    try:
+        found = entry.stat()
+    except FileNotFoundError as exc:
+        what = "leads nowhere" if entry.is_symlink() else "vanished just now"
+        raise Refused(f"has {entry.name!r}, which {what}", where, "look at it by hand") from exc
+    if not stat.S_ISREG(found.st_mode):
+        raise Refused(f"has {entry.name!r}, which is no regular file", where, "move it by hand")
+    return Part(entry.name, found.st_size, found.st_mtime_ns, found.st_ino)
 
 
 def _is_shown(name: str) -> bool:

@@ -18,8 +18,8 @@ import msgspec
 
 from sectorfs.errors import BadInput, SectorFSError, SourceFailed, TooLarge
 from sectorfs.stores import tar_blocks
+from sectorfs.stores.members import MAX_MEMBERS
 from sectorfs.stores.tar_blocks import BLOCK, Header
-from sectorfs.stores.tar_writer import MAX_MEMBERS
 from sectorfs.types import MAX_NUMBER, MemberFacts, parse_member_name
 
 _MAX_EXTENSION = 64 * 1024

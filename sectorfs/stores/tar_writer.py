@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 from collections.abc import Container, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -18,14 +17,13 @@ import msgspec
 
 from sectorfs.errors import BadInput, TooLarge
 from sectorfs.stores import tar_blocks
+from sectorfs.stores.members import MAX_MEMBERS, member_stat
 from sectorfs.stores.tar_blocks import BLOCK, MAX_OCTAL_7, MAX_OCTAL_11
 from sectorfs.types import MAX_NUMBER, parse_member_name
 
 log = logging.getLogger(__name__)
 
 CONTENT_TYPE = "application/x-tar"
-MAX_MEMBERS = 4096
-"""Files in one directory; a sealing one has fewer than sixty."""
 
 _SECOND = 10**9
 _NAME_BYTES = 100
@@ -85,7 +83,7 @@ class TarWriter:
 def members_of(directory: int | Path, *, only: Container[str] | None = None) -> list[TarMember]:
     """The files of a directory that travel, by ascending name; blocks and raises `OSError`.
 
-    What is no regular file, has an odd name or is not in `only` stays behind.
+    What is none of its files (see `members`) or not in `only` stays behind.
     """
     members = []
     with os.scandir(directory) as entries:
@@ -99,15 +97,13 @@ def members_of(directory: int | Path, *, only: Container[str] | None = None) -> 
 
 
 def _member(entry: os.DirEntry[str], only: Container[str] | None) -> TarMember | None:
-    try:
-        name = parse_member_name(entry.name)
-        held = entry.stat(follow_symlinks=False)
-    except (ValueError, FileNotFoundError):
+    if only is not None and entry.name not in only:
         return None
-    if not stat.S_ISREG(held.st_mode) or (only is not None and name not in only):
+    held = member_stat(entry)
+    if held is None:
         return None
     return TarMember(
-        name=name,
+        name=entry.name,
         size=held.st_size,
         mtime_ns=held.st_mtime_ns,
         mode=held.st_mode & _MODE_BITS,
