@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := fuse3 libfuse3-dev pkg-config gcc python3-dev python3-venv rsync attr
-BENCH_PACKAGES := mergerfs bindfs rclone sshfs openssh-server curl fio
+PACKAGES := fuse3 libfuse3-dev pkg-config gcc python3-dev python3-venv rsync attr \
+	fio xfsprogs btrfs-progs e2fsprogs
+BENCH_PACKAGES := mergerfs bindfs rclone sshfs openssh-server curl
 
 # $(call install,PACKAGES): install those Debian packages that are missing.
 define install

@@ -59,6 +59,8 @@ class Node:
         self.repo = Repo(root / name)
         self.mountpoint = root / f"{name}-sectors"
         self.process: subprocess.Popen[bytes] | None = None
+        self.environment: dict[str, str] = {}
+        """More variables for the process."""
 
     def call(self, *arguments: str) -> str:
         """A verb that must succeed; its output."""
@@ -87,7 +89,12 @@ class Node:
         if "--listen" not in arguments:
             command += ["--listen", "127.0.0.1:0"]
         log = (self.root / f"{self.name}.log").open("ab")
-        self.process = subprocess.Popen([*command, *arguments], stdout=log, stderr=log)
+        self.process = subprocess.Popen(
+            [*command, *arguments],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **self.environment},
+        )
         log.close()
         if wait:
             self.ready()
