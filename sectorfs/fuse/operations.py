@@ -21,6 +21,10 @@ from collections.abc import Callable, Coroutine, Hashable, Sequence
 from types import TracebackType
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
+from sectorfs.fuse import kernel
+
+# isort: split
+# The linker must have seen `kernel`'s extension before it sees pyfuse3.
 import pyfuse3
 import trio
 
@@ -347,6 +351,7 @@ class Mount:
 
     async def __aenter__(self) -> Mount:
         mounts.check_mountpoint(self.path)
+        kernel.prepare()
         _init(self._operations, self.path, self._options)
         try:
             self._mount = mounts.find_mount(self.path)
