@@ -20,6 +20,7 @@ import trio
 
 from sectorfs.errors import SourceFailed, TimedOut, TooLarge, Unreachable
 from sectorfs.metrics import FETCHED_BYTES
+from sectorfs.wire.duplicates import Duplicate
 from sectorfs.wire.messages import Runner
 from sectorfs.wire.pace import Pace
 
@@ -117,8 +118,8 @@ class Response:
     ) -> int:
         """Write the body to a file at `offset`; it must be exactly `length` bytes.
 
-        `run` must never give a call up (`Lane.finish`). `SourceFailed` naming both numbers for a
-        body of another length; errors of the disk are `run`'s.
+        `run` must not give a call up because it is cancelled (`Lane.finish`). `SourceFailed`
+        naming both numbers for a body of another length; errors of the disk are `run`'s.
         """
         self._begin()
         if not self._empty and self.length is not None and self.length != length:
@@ -194,17 +195,27 @@ class Response:
         early = self._http.trailing_data[0]
         extra = len(early) > sink.length
         await sink.write(early[: sink.length])
+        source = Duplicate(self._stream.socket)
+        try:
+            await self._pull_all(sink, source)
+        except BaseException:
+            source.end()
+            raise
+        finally:
+            source.close()
+        if not extra:
+            self._state = "raw done"
+
+    async def _pull_all(self, sink: _Sink, source: Duplicate) -> None:
         buffer = memoryview(bytearray(min(_BUFFER, max(1, sink.length - sink.done))))
         while sink.done < sink.length:
             waited = await self._wait_readable()
-            count, stop = await sink.pull(self._stream, buffer)
+            count, stop = await sink.pull(source, buffer)
             self._pace.moved(count, waited=waited)
             if stop in (_Stop.END, _Stop.BROKEN):
                 raise SourceFailed(
                     f"the body ended after {sink.done} of {sink.length} bytes", self.url
                 )
-        if not extra:
-            self._state = "raw done"
 
     async def _wait_readable(self) -> float:
         """Wait for bytes or an end; the seconds it took."""
@@ -242,11 +253,10 @@ class _Sink:
             await self._run(partial(self._put, memoryview(data), self.done), what="write")
             self._moved(len(data))
 
-    async def pull(self, stream: trio.SocketStream, buffer: memoryview) -> tuple[int, _Stop]:
+    async def pull(self, source: Duplicate, buffer: memoryview) -> tuple[int, _Stop]:
         """Move what the socket holds into the file, in a thread."""
-        count, stop = await self._run(
-            partial(self._drain, stream.socket.fileno(), buffer, self.done), what="write"
-        )
+        call = partial(self._drain, source, buffer, self.done)
+        count, stop = await self._run(call, what="write")
         self._moved(count)
         return count, stop
 
@@ -260,11 +270,11 @@ class _Sink:
         with self._descriptor as fd:
             _write_all(fd, data, self._offset + done)
 
-    def _drain(self, sock: int, buffer: memoryview, done: int) -> tuple[int, _Stop]:
+    def _drain(self, source: Duplicate, buffer: memoryview, done: int) -> tuple[int, _Stop]:
         moved, stop = 0, _Stop.HOP
         end = time.monotonic() + _HOP_SECONDS
         goal = min(self.length - done, _HOP)
-        with self._descriptor as fd:
+        with source as sock, self._descriptor as fd:
             while stop is _Stop.HOP and moved < goal and time.monotonic() < end:
                 filled, stop = _fill(sock, buffer[: goal - moved])
                 _write_all(fd, buffer[:filled], self._offset + done + moved)

@@ -2,8 +2,7 @@
 
 A thread is entered only while the socket has room and leaves when it is full, so a client that
 stops reading holds no thread. A call that was given up at the disk's deadline may still be inside
-`sendfile` when the connection is gone; it works on a duplicate of the socket that stays open until
-it leaves, else the late bytes could land in another connection with the same number.
+`sendfile` when the connection is gone: see `duplicates`.
 """
 
 from __future__ import annotations
@@ -15,17 +14,15 @@ import os
 import socket
 import struct
 import termios
-import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
-from types import TracebackType
 
 import trio
 
 from sectorfs.errors import SectorFSError, SourceFailed, TimedOut
 from sectorfs.metrics import HTTP_SENT_BYTES
+from sectorfs.wire.duplicates import Duplicate
 from sectorfs.wire.messages import FileBody, PartedBody
 
 HOP = 8 * 1024 * 1024
@@ -51,44 +48,6 @@ class Stop(enum.Enum):
     GONE = enum.auto()
 
 
-class _Duplicate:
-    """A second descriptor of a socket, closed when both the loop and the last thread are done."""
-
-    def __init__(self, sock: trio.socket.SocketType) -> None:
-        self._fd = os.dup(sock.fileno())
-        self._users = 1
-        self._closed = False
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> int:
-        with self._lock:
-            if self._closed:
-                raise OSError(errno.EBADF, "connection was closed")
-            self._users += 1
-            return self._fd
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._leave()
-
-    def close(self) -> None:
-        """No thread enters any more; called once, by the loop."""
-        with self._lock:
-            self._closed = True
-        self._leave()
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._users -= 1
-            last = self._users == 0
-        if last:
-            os.close(self._fd)
-
-
 async def send_file(sock: trio.socket.SocketType, body: FileBody, *, progress: float) -> None:
     """Send the whole body. Any error leaves the connection fit only for closing.
 
@@ -98,7 +57,7 @@ async def send_file(sock: trio.socket.SocketType, body: FileBody, *, progress: f
     sent = 0
     # trio sets 16 KiB for latency; a thread hop per 16 KiB would cost more than the copy
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, HOP)
-    out = _Duplicate(sock)
+    out = Duplicate(sock)
     try:
         while sent < body.length:
             count, stop = await body.run(
@@ -113,9 +72,7 @@ async def send_file(sock: trio.socket.SocketType, body: FileBody, *, progress: f
             elif stop is Stop.GONE:
                 raise ClientGone("the client closed the connection")
     except BaseException:
-        # closing is not enough while a thread that was given up holds the duplicate
-        with suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
+        out.end()
         raise
     finally:
         out.close()
@@ -141,7 +98,7 @@ async def send_parts(sock: trio.socket.SocketType, body: PartedBody, *, progress
             opened.close()
 
 
-def push(out: _Duplicate, body: FileBody, offset: int, remaining: int) -> tuple[int, Stop]:
+def push(out: Duplicate, body: FileBody, offset: int, remaining: int) -> tuple[int, Stop]:
     """In a thread: send until the socket is full, the file ends or `HOP` bytes are out."""
     sent = 0
     send: Callable[[int, int, int, int], int] = os.sendfile
