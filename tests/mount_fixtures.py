@@ -298,6 +298,18 @@ def open_gates(store: DirectoryStore) -> Iterator[None]:
             lane.gate.set()
 
 
+def open_descriptors(path: Path) -> int:
+    """How many descriptors of this process are of that file, deleted or not."""
+    count = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:  # of the listing itself
+            continue
+        count += target.removesuffix(" (deleted)") == str(path)
+    return count
+
+
 _threads = trio.CapacityLimiter(400)
 
 

@@ -37,6 +37,7 @@ from sectorfs.errors import (
     StorageUnavailable,
 )
 from sectorfs.index import content
+from sectorfs.stores.file_systems import FileSystems
 from sectorfs.stores.lanes import Descriptor, Lane
 from sectorfs.stores.protocol import OpenFile
 from sectorfs.types import ALL_TYPES, Facts, MemberFacts, SectorFile, StorageID, file_types
@@ -70,6 +71,7 @@ class Copies:
         self.root = root
         self.storage = storage
         self.lane = lane
+        self._file_systems = FileSystems()
 
     async def clear_leftovers(self) -> int:
         """Remove unfinished fetches of an earlier run; returns how many there were.
@@ -235,8 +237,14 @@ class Copies:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        status = os.fstat(fd)
-        if not _matches(status, size, mtime_ns):
+        try:
+            status = os.fstat(fd)
+            matches = _matches(status, size, mtime_ns)
+            file_system = self._file_systems.local(fd, status.st_dev) if matches else ""
+        except OSError:
+            os.close(fd)
+            raise
+        if not matches:
             os.close(fd)
             return None
         return OpenFile(
@@ -247,6 +255,7 @@ class Copies:
             storage=self.storage,
             path=str(path),
             lane=self.lane,
+            file_system=file_system,
         )
 
     def _begin(

@@ -19,6 +19,7 @@ import trio
 from sectorfs import metrics
 from sectorfs.errors import NotFound, SectorFSError, StorageUnavailable
 from sectorfs.index.protocol import FsStat, StorageInfo
+from sectorfs.stores.file_systems import FileSystems
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.metadata import Metadata, read_metadata
 from sectorfs.stores.protocol import OpenFile
@@ -63,6 +64,8 @@ class LocalPath:
         self.available = True
         self.error = ""
         """Why it is not available."""
+        self.file_systems = FileSystems()
+        """Which of its files lie on a file system of this machine."""
         self.trouble: dict[FileType, str] = {}
         """Type directories that cannot be read, and why."""
         self.stat = FsStat()
@@ -305,7 +308,7 @@ class LocalPath:
 
         def call() -> OpenFile:
             try:
-                fd, found = _open_regular(name)
+                fd, found, file_system = _open_regular(name, self.file_systems)
             except FileNotFoundError:
                 if expected:
                     check_identity(self.path, self.storage)
@@ -318,6 +321,7 @@ class LocalPath:
                 storage=self.storage,
                 path=name,
                 lane=self.lane,
+                file_system=file_system,
             )
 
         try:
@@ -327,7 +331,7 @@ class LocalPath:
             raise
 
 
-def _open_regular(name: str) -> tuple[int, os.stat_result]:
+def _open_regular(name: str, kinds: FileSystems) -> tuple[int, os.stat_result, str]:
     # O_NONBLOCK: opening a FIFO would wait for a writer. Symbolic links are followed: operators
     # link sector files to other disks.
     fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -336,7 +340,7 @@ def _open_regular(name: str) -> tuple[int, os.stat_result]:
         if not stat.S_ISREG(found.st_mode):
             raise NotFound("is not a regular file", name)
         os.set_blocking(fd, True)
+        return fd, found, kinds.local(fd, found.st_dev)
     except BaseException:
         os.close(fd)
         raise
-    return fd, found
