@@ -22,6 +22,14 @@ FETCHES = Counter("sectorfs_fetches_total", "Whole copies fetched", ["result"])
 FETCHED_BYTES = Counter("sectorfs_fetched_bytes_total", "Bytes received from peers")
 SOURCE_FAILURES = Counter("sectorfs_source_failures_total", "Sources that failed a fetch")
 STORAGE_HEALTHY = Gauge("sectorfs_storage_healthy", "1 while a path answers", ["storage"])
+STORAGE_SILENT = Gauge(
+    "sectorfs_storage_silent",
+    "1 while requests fail at once: the disk answers nothing",
+    ["storage"],
+)
+STORAGE_SILENCES = Counter(
+    "sectorfs_storage_silences_total", "Times a disk answered nothing for a deadline", ["storage"]
+)
 STORAGE_CAPACITY = Gauge("sectorfs_storage_capacity_bytes", "Size of a path", ["storage"])
 STORAGE_AVAILABLE = Gauge("sectorfs_storage_available_bytes", "Room in a path", ["storage"])
 SCAN_ODD_ENTRIES = Counter(

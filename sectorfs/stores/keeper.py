@@ -109,6 +109,11 @@ class Keeper:
         self._limit_changed = trio.Event()
         self._beat_soon = trio.Event()
         self._watch_stale = False
+        path.lane.pulse.changed = self._pulse_changed
+
+    def _pulse_changed(self) -> None:
+        self.path.feel_pulse()
+        self.beat_now()
 
     def beat_now(self) -> None:
         """Something happened to the path itself: do not wait for the next heartbeat."""

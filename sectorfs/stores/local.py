@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+TURN_SECONDS = 1.0
+"""So long a path that could be attached waits for those listed before it, whose disks may hang."""
+
 Progress = Callable[[int], object]
 """Called with the number of entries read so far."""
 
@@ -50,7 +53,7 @@ class _Waiting(msgspec.Struct):
     """A path that could not be attached yet."""
 
     lane: Lane
-    """Its only one: a mount that hangs for days must not hold a thread per attempt."""
+    """Its only one, which has one look at a time: a mount that hangs for days holds no crowd."""
     error: str = ""
 
 
@@ -149,7 +152,8 @@ class LocalStore:
         scan follows in `run`.
         """
         where = _absolute(path)
-        keeper, is_new = await self._open_path(where, self._lane(where), now=True)
+        lane = self._lane(where)
+        keeper, is_new = await self._take(where, lane, await self._look_at(where, lane), now=True)
         if is_new:
             await self._scan_first(keeper, progress)
         return keeper.path.info
@@ -158,31 +162,43 @@ class LocalStore:
         """Attach a node's paths at its start; scans follow in `run`, and nothing here is fatal.
 
         A path whose disk is not mounted yet is tried again at every heartbeat, and one is attached
-        here even while the Index is away: its files can be read.
+        here even while the Index is away: its files can be read. All disks are asked at once, and
+        of paths that clash the one that stands first is attached.
         """
+        before = trio.Event()
+        before.set()
         async with trio.open_nursery() as nursery:
             for path in paths:
-                nursery.start_soon(self._attach_later, _absolute(path))
+                done = trio.Event()
+                nursery.start_soon(self._attach_later, _absolute(path), before, done)
+                before = done
 
-    async def _attach_later(self, where: str) -> None:
+    async def _attach_later(self, where: str, before: trio.Event, done: trio.Event) -> None:
         waiting = self._waiting.setdefault(where, _Waiting(self._lane(where)))
-        if waiting.lane.busy:
-            return  # an attempt hangs
         try:
-            await self._open_path(where, waiting.lane, now=False)
+            found = await self._look_at(where, waiting.lane)
+            with trio.move_on_after(TURN_SECONDS):
+                await before.wait()
+            await self._take(where, waiting.lane, found, now=False)
         except SectorFSError as exc:
             if waiting.error != str(exc):
                 log.error("cannot attach %s: %s", where, exc)
             waiting.error = str(exc)
         else:
             self._waiting.pop(where, None)
+        finally:
+            done.set()
 
     def _lane(self, where: str) -> Lane:
         return Lane(where, deadline=self._timeouts.disk)
 
-    async def _open_path(self, where: str, lane: Lane, *, now: bool) -> tuple[Keeper, bool]:
+    async def _look_at(self, where: str, lane: Lane) -> _Found:
+        return await lane.share(lambda: _examine(where), what="attach")
+
+    async def _take(
+        self, where: str, lane: Lane, found: _Found, *, now: bool
+    ) -> tuple[Keeper, bool]:
         """Make a path one of ours, unless it is; `now`: not before the Index knows it."""
-        found = await lane.run(lambda: _examine(where), what="attach")
         async with self._attaching:
             known = self._attached_as(where, found)
             if known is not None:

@@ -37,7 +37,12 @@ SPACE_AGE = 5.0
 LOGGED_ODD = 20
 """Odd entries named in the log per scan of a type; the rest is counted."""
 
-_GAUGES = (metrics.STORAGE_HEALTHY, metrics.STORAGE_CAPACITY, metrics.STORAGE_AVAILABLE)
+_GAUGES = (
+    metrics.STORAGE_HEALTHY,
+    metrics.STORAGE_CAPACITY,
+    metrics.STORAGE_AVAILABLE,
+    metrics.STORAGE_SILENT,
+)
 
 
 class LocalPath:
@@ -99,7 +104,6 @@ class LocalPath:
         """Around the tasks that keep this path."""
         self._wake = trio.Event()
         self._changed_unseen = False
-        self._probing = False
         self._space_at = -math.inf
         self._odd: dict[FileType, frozenset[str]] = {}
 
@@ -192,16 +196,9 @@ class LocalPath:
     # Disk
 
     async def probe(self) -> None:
-        """Ask the disk for identity and space, and set availability; a sick disk does not raise.
-
-        One probe at a time: a disk that hangs for hours must hold one thread, not one per beat.
-        """
-        if self._probing:
-            if self.available:
-                self.fail(StorageUnavailable("the disk does not answer", self.path))
-            return
+        """Ask the disk for identity and space, and set availability; a sick disk does not raise."""
         try:
-            raw, self.identity = await self.lane.run(self._probe, what="health check")
+            raw, self.identity = await self.lane.share(self._probe, what="health check")
             self._take_space(raw)
             if self.account is not None:
                 self.stat = await self.account(self)
@@ -211,13 +208,17 @@ class LocalPath:
         self.recover()
 
     def _probe(self) -> tuple[RawSpace, tuple[int, int]]:
-        self._probing = True
-        try:
-            check_identity(self.path, self.storage)
-            found = os.stat(self.path)
-            return raw_space(self.path), (found.st_dev, found.st_ino)
-        finally:
-            self._probing = False
+        check_identity(self.path, self.storage)
+        found = os.stat(self.path)
+        return raw_space(self.path), (found.st_dev, found.st_ino)
+
+    def feel_pulse(self) -> None:
+        """The disk fell silent, which makes it unavailable, or answers again: then `probe` it."""
+        silence = self.lane.pulse.silence
+        metrics.STORAGE_SILENT.labels(self.storage).set(1 if silence else 0)
+        if silence:
+            metrics.STORAGE_SILENCES.labels(self.storage).inc()
+            self.fail(self.lane.unavailable(silence))
 
     def _take_space(self, raw: RawSpace) -> None:
         self.stat = fs_stat(raw, max_storage=self.info.max_storage, used=self.used)
@@ -230,7 +231,7 @@ class LocalPath:
         if not self.available:
             raise StorageUnavailable(self.error, self.path)
         if trio.current_time() - self._space_at > SPACE_AGE:
-            self._take_space(await self.lane.run(lambda: raw_space(self.path), what="statfs"))
+            self._take_space(await self.lane.share(lambda: raw_space(self.path), what="statfs"))
         if self.account is not None:
             self.stat = await self.account(self)
         return self.stat
@@ -327,7 +328,8 @@ class LocalPath:
         try:
             return await self.lane.run(call, what=f"open {name}", discard=lambda got: got.close())
         except StorageUnavailable as exc:
-            self.fail(exc)
+            if type(exc) is not StorageUnavailable:  # else the lane judges whether the disk hangs
+                self.fail(exc)
             raise
 
 
