@@ -77,6 +77,16 @@ class Refused(SectorFSError):
     exit_code = 4
 
 
+class Locked(Refused):
+    """Somebody else holds a lock that excludes this."""
+
+    retry = True
+
+
+class LeaseLost(Refused):
+    """A lock ended under its holder: others may have changed what it protected."""
+
+
 class Unsupported(SectorFSError):
     """A request that is understood and not offered."""
 
@@ -164,6 +174,14 @@ class Stale(SectorFSError):
 
     errno = _errno.ESTALE
     status = 409
+
+
+class Interrupted(SectorFSError):
+    """A request of a process that was killed or interrupted meanwhile."""
+
+    errno = _errno.EINTR
+    status = 503
+    retry = True
 
 
 class NameTooLong(BadInput):

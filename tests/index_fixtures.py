@@ -6,7 +6,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from sectorfs.index.protocol import Declaration, FsStat, LocationKey, SectorIndex, StorageInfo
+from sectorfs.index.protocol import (
+    Declaration,
+    FsStat,
+    Lease,
+    LocationKey,
+    Lock,
+    SectorIndex,
+    StorageInfo,
+)
 from sectorfs.index.rpc import RpcIndex, index_methods
 from sectorfs.index.sqlite import SqliteIndex
 from sectorfs.types import Facts, FileType, MemberFacts, SectorFile, SectorID, StorageID
@@ -65,6 +73,17 @@ def directory(*names: str, mtime_ns: int = 5) -> Facts:
     """Facts of a directory of one-byte files."""
     members = tuple(MemberFacts(name, 1, mtime_ns) for name in sorted(names))
     return Facts(len(members), mtime_ns, members)
+
+
+def lease(holder: str, of: int = 7, *, read: int = 0, write: int = 0, seconds: float = 60) -> Lease:
+    """A lease whose token tells the holder."""
+    return Lease(
+        token=holder.replace(" ", "-").ljust(16, "_"),
+        lock=Lock(sector=sector(of), read=read, write=write),
+        owner=holder,
+        reason="a test",
+        seconds=seconds,
+    )
 
 
 def rpc_over(index: SectorIndex, permissions: frozenset[str] = ADMIN) -> RpcIndex:

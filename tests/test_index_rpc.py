@@ -302,6 +302,11 @@ async def test_reading_needs_read_and_changing_needs_admin(attached: Server) -> 
         "Filecoin.BatchStorageDeclareSectors",
         "Filecoin.StorageDropSector",
         "Sectorfs.DropSectors",
+        "Filecoin.StorageLock",
+        "Filecoin.StorageTryLock",
+        "Sectorfs.Lock",
+        "Sectorfs.RenewLock",
+        "Sectorfs.ReleaseLock",
     }
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from sectorfs.config import parse_url
 from sectorfs.errors import BadConfig, BadInput, TooLarge
-from sectorfs.index.protocol import Declaration, FsStat, LocationKey, StorageInfo
-from sectorfs.types import Facts, FileType, SectorID, file_types, parse_storage_id
+from sectorfs.index.protocol import Declaration, FsStat, Lease, LocationKey, Lock, StorageInfo
+from sectorfs.types import ALL_TYPES, Facts, FileType, SectorID, file_types, parse_storage_id
 
 MAX_INT = 2**63 - 1
 MIN_INT = -(2**63)
@@ -19,6 +20,13 @@ MAX_WAIT = 300.0
 """Seconds one long poll may last, whatever was asked."""
 MAX_ERROR = 4096
 """Characters of a health report's error that are kept."""
+MIN_LEASE = 1.0
+MAX_LEASE = 600.0
+"""Seconds a lease may last without being renewed."""
+MAX_NOTE = 200
+"""Characters of a lease's owner, and of its reason."""
+
+_TOKEN = re.compile(r"[0-9a-zA-Z_-]{16,64}", re.ASCII)
 
 
 def check_info(info: StorageInfo) -> None:
@@ -102,6 +110,39 @@ def _check_facts(facts: Facts, thing: object) -> None:
 def _check_time(mtime_ns: int, thing: object) -> None:
     if not MIN_INT <= mtime_ns <= MAX_INT:
         raise BadInput(f"modification time {_short(mtime_ns)} is beyond 63 bits", thing)
+
+
+def check_lock(lock: Lock) -> None:
+    """Refuse impossible sectors, unknown types, and a lock of nothing."""
+    check_sector(lock.sector)
+    for mask in (lock.read, lock.write):
+        if mask < 0 or mask & ~ALL_TYPES:
+            raise BadInput(f"unknown file types specified: mask {_short(mask)}", lock.sector)
+    if not lock.read | lock.write:
+        raise BadInput("a lock of no file type", lock.sector)
+
+
+def check_token(token: str) -> None:
+    """Refuse what is not 16 to 64 letters and digits; never shown, for who knows it may release."""
+    if _TOKEN.fullmatch(token) is None:
+        raise BadInput("not the token of a lease", "lease", "16 to 64 letters, digits, - and _")
+
+
+def check_lease(lease: Lease) -> None:
+    """Refuse impossible locks, tokens and times, and notes that cannot be shown in a line."""
+    check_lock(lease.lock)
+    check_token(lease.token)
+    for name, text in (("owner", lease.owner), ("reason", lease.reason)):
+        if not text or len(text) > MAX_NOTE or not text.isprintable():
+            raise BadInput(
+                f"{name} {text[:80]!r}", lease.lock.sector, f"a line of 1 to {MAX_NOTE} characters"
+            )
+    if not MIN_LEASE <= lease.seconds <= MAX_LEASE:
+        raise BadInput(
+            f"a lease of {lease.seconds} seconds",
+            lease.lock.sector,
+            f"from {MIN_LEASE:g} to {MAX_LEASE:g}",
+        )
 
 
 def mask_types(mask: int) -> tuple[FileType, ...]:

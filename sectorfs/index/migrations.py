@@ -11,6 +11,11 @@ Notes on the tables:
 * Lists are comma-separated text. ``last_heartbeat`` is Unix nanoseconds.
 * ``sector_location`` has no foreign key to its storage: detaching removes both in one transaction.
 * ``sector_facts`` is apart because Curio's rows know no facts; a declaration without them has none.
+* ``lease`` has a row for each lock that was granted, apart from the lock columns that Curio keeps
+  in ``sector_location``: what nobody declared can be locked too. No row says when a lease ends:
+  that is measured on a clock that does not outlive the process. So after a restart each lasts its
+  full time once more, and renewing one writes nothing. ``granted_ns`` is Unix nanoseconds, only
+  ever shown.
 * ``change`` names what changed, never how: readers get the present state. ``AUTOINCREMENT``
   because a number that was pruned or rolled back must not come again.
 """
@@ -85,6 +90,20 @@ CREATE TABLE change (
 )
 """
 
+_LEASE = """
+CREATE TABLE lease (
+    token TEXT NOT NULL PRIMARY KEY,
+    miner_id INTEGER NOT NULL,
+    sector_num INTEGER NOT NULL,
+    read_mask INTEGER NOT NULL,
+    write_mask INTEGER NOT NULL,
+    owner TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    seconds REAL NOT NULL,
+    granted_ns INTEGER NOT NULL
+) WITHOUT ROWID
+"""
+
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         _STORAGE_PATH,
@@ -98,6 +117,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE meta (key TEXT NOT NULL PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
         "INSERT INTO meta VALUES ('epoch', lower(hex(randomblob(16))))",
     ),
+    (_LEASE,),
 )
 """Statements of each step; the version of a database is how many steps it has had."""
 

@@ -7,7 +7,9 @@ JSON-RPC); one contract suite runs over all of them. Rules every implementation 
 * *primary* is only ever upgraded by `declare`; facts that are sent replace those known;
 * attaching again merges URLs and replaces every other field;
 * every change gets a sequence number; `changes` names what is true *now* about each thing that
-  changed, so applying a change twice, or late, does no harm.
+  changed, so applying a change twice, or late, does no harm;
+* a lock belongs to a lease: it ends when its holder releases it, or has not renewed it for as long
+  as it asked, measured by the Index's own monotonic clock, never by anybody's time of day.
 """
 
 from __future__ import annotations
@@ -141,7 +143,66 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True):
     dropped: tuple[LocationKey, ...] = ()
 
 
-class SectorIndex(Protocol):
+class Lock(msgspec.Struct, frozen=True, kw_only=True):
+    """What is locked: types of one sector, as masks, declared or not."""
+
+    sector: SectorID
+    read: int = 0
+    write: int = 0
+
+
+class Lease(msgspec.Struct, frozen=True, kw_only=True):
+    """A lock with a holder and an end."""
+
+    token: str
+    """Chosen at random by who asks, and known to nobody else: a question whose answer was lost is
+    asked again, or taken back, by the same token."""
+    lock: Lock
+    owner: str
+    """Who: shown to operators."""
+    reason: str
+    """Why: shown to operators."""
+    seconds: float
+    """It lasts so long from the grant and from every renewal."""
+
+
+class LeaseStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A lease as others see it: without its token."""
+
+    lock: Lock
+    owner: str
+    reason: str
+    since_ns: int
+    """When it was granted or began to wait, by the Index's clock (Unix, nanoseconds)."""
+    expires_in: float | None
+    """Seconds until it ends unless it is renewed; None while it waits to be granted."""
+
+
+class SectorLocks(Protocol):
+    """Locks of sectors.
+
+    Requests that wait are granted in their order, as far as they exclude each other, so that
+    writers do not starve; one that does not wait is granted beside whatever is held.
+    """
+
+    async def lock(self, lease: Lease, *, wait: float = 0) -> bool:
+        """Grant a lock, waiting up to `wait` seconds for others; False when it is not granted.
+
+        Asked again with the same token, one that waited keeps its place for a few seconds, and
+        one that was granted is renewed. `LeaseLost` when it is released while it waits.
+        """
+
+    async def renew(self, token: str) -> None:
+        """Let a lease last anew; `LeaseLost` when it has ended."""
+
+    async def release(self, token: str) -> None:
+        """End a lease, or the wait for it; one that has ended, or never was, is fine."""
+
+    async def leases(self) -> list[LeaseStatus]:
+        """Everything that is locked, then what waits, each by sector."""
+
+
+class SectorIndex(SectorLocks, Protocol):
     """The Index. Unknown storages raise `NotFound`, a lost connection `Unreachable`."""
 
     async def attach(self, info: StorageInfo, stat: FsStat) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sectorfs.index.protocol import Changes, Declaration, LocationKey, StorageStatus
+from sectorfs.index.protocol import Changes, Declaration, Lease, LocationKey, StorageStatus
 from sectorfs.index.rows import (
+    LEASE_COLUMNS,
     LOCATION_COLUMNS,
     LOCATION_TABLES,
     STORAGE_COLUMNS,
@@ -14,6 +15,7 @@ from sectorfs.index.rows import (
     split,
     to_declaration,
     to_file_type,
+    to_lease,
     to_status,
 )
 from sectorfs.index.transactions import Kind
@@ -123,6 +125,12 @@ def changes(db: Connection, name: str, seq: int, limit: int, now_ns: int) -> Cha
         declared=tuple(declared),
         dropped=tuple(dropped),
     )
+
+
+def leases(db: Connection) -> list[tuple[Lease, int]]:
+    """Every lease on record, and when it was granted."""
+    rows = db.execute(f"SELECT {LEASE_COLUMNS} FROM lease ORDER BY granted_ns, token").fetchall()
+    return [to_lease(row) for row in rows]
 
 
 def _changed_locations(

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from sectorfs.index.protocol import Declaration, FsStat, StorageInfo, StorageStatus
+from sectorfs.index.protocol import Declaration, FsStat, Lease, Lock, StorageInfo, StorageStatus
 from sectorfs.types import Facts, FileType, MemberFacts, SectorFile, SectorID, StorageID
 
 # SQL rows are heterogeneous tuples whose column types the schema guarantees.
@@ -30,6 +30,11 @@ LOCATION_TABLES = (
     "sector_location AS l LEFT JOIN sector_facts AS f"
     " USING (miner_id, sector_num, sector_filetype, storage_id)"
 )
+
+LEASE_COLUMNS = (
+    "token, miner_id, sector_num, read_mask, write_mask, owner, reason, seconds, granted_ns"
+)
+LEASE_MARKS = ", ".join("?" * len(LEASE_COLUMNS.split(",")))
 
 _TYPES = {int(file_type): file_type for file_type in FileType}
 _members = msgspec.json.Decoder(list[tuple[str, int, int]])
@@ -137,6 +142,30 @@ def _to_members(blob: bytes | None) -> tuple[MemberFacts, ...] | None:
 def to_file_type(value: int) -> FileType:
     """The type of a ``sector_filetype`` column."""
     return _TYPES[value]
+
+
+def lease_row(lease: Lease, granted_ns: int) -> tuple[Any, ...]:
+    """The columns of `LEASE_COLUMNS`."""
+    lock = lease.lock
+    return (
+        lease.token,
+        lock.sector.miner,
+        lock.sector.number,
+        lock.read,
+        lock.write,
+        lease.owner,
+        lease.reason,
+        lease.seconds,
+        granted_ns,
+    )
+
+
+def to_lease(row: Row) -> tuple[Lease, int]:
+    """A lease and when it was granted, from `LEASE_COLUMNS`."""
+    token, miner, number, read, write, owner, reason, seconds, granted_ns = row
+    lock = Lock(sector=SectorID(miner, number), read=read, write=write)
+    lease = Lease(token=token, lock=lock, owner=owner, reason=reason, seconds=seconds)
+    return lease, granted_ns
 
 
 class Cursor(Protocol):

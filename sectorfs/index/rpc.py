@@ -14,13 +14,16 @@ from typing import Any, TypeVar
 import trio
 
 from sectorfs.errors import BadInput, TooLarge, Unreachable
-from sectorfs.index import checks, shapes
+from sectorfs.index import checks, lock_shapes, shapes
+from sectorfs.index.lock_rpc import lock_methods
 from sectorfs.index.protocol import (
     Changes,
     Declaration,
     FoundStorage,
     FsStat,
     HealthReport,
+    Lease,
+    LeaseStatus,
     LocationKey,
     PathType,
     SectorIndex,
@@ -71,6 +74,7 @@ def index_methods(index: SectorIndex, *, max_listed: int = MAX_LISTED) -> list[M
         _read("Sectorfs.Declarations", serve.declarations, str, shapes.FileShape | None, int),
         _read("Sectorfs.Snapshot", serve.snapshot, shapes.KeyShape | None, int),
         _read("Sectorfs.Changes", serve.changes, str, int, float, int),
+        *lock_methods(index),
     ]
 
 
@@ -321,6 +325,31 @@ class RpcIndex:
         params = [epoch, seq, wait, checks.page_size(limit)]
         found = await self._call("Sectorfs.Changes", params, shapes.ChangesShape, patience=wait)
         return self._checked(shapes.to_changes, found)
+
+    async def lock(self, lease: Lease, *, wait: float = 0) -> bool:
+        """Grant a lock, waiting up to `wait` seconds for others.
+
+        Cancelled, it may still be granted there: `release` says that it is not wanted.
+        """
+        checks.check_lease(lease)
+        wait = checks.poll_seconds(wait)
+        params = [lock_shapes.from_lease(lease), wait]
+        return await self._call("Sectorfs.Lock", params, bool, patience=wait)
+
+    async def renew(self, token: str) -> None:
+        """Let a lease last anew; `LeaseLost` when it has ended."""
+        checks.check_token(token)
+        await self._call("Sectorfs.RenewLock", [token], type(None))
+
+    async def release(self, token: str) -> None:
+        """End a lease, or the wait for it; one that has ended, or never was, is fine."""
+        checks.check_token(token)
+        await self._call("Sectorfs.ReleaseLock", [token], type(None))
+
+    async def leases(self) -> list[LeaseStatus]:
+        """Everything that is locked, then what waits, each by sector."""
+        found = await self._rows("Sectorfs.Locks", [], lock_shapes.LeaseStatusShape)
+        return self._each(lock_shapes.to_status, found)
 
     async def _call(
         self, method: str, params: object, result: type[S], *, patience: float = 0

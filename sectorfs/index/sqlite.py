@@ -7,6 +7,8 @@ nothing; once its transaction runs it is run to its end, and then it happened as
 
 Invariants: no ``await`` inside a transaction; the event for long polls is set after the commit, on
 the loop, so that whoever it wakes sees the change.
+
+Locks are granted by `index.lessor`, in memory; the file says which leases a restart must honour.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from sectorfs.errors import (
     Unreachable,
 )
 from sectorfs.index import checks, placement, queries, transactions
+from sectorfs.index.lessor import Lessor
 from sectorfs.index.migrations import APPLICATION_ID, MIGRATIONS, VERSION
 from sectorfs.index.protocol import (
     Changes,
@@ -37,6 +40,8 @@ from sectorfs.index.protocol import (
     FoundStorage,
     FsStat,
     HealthReport,
+    Lease,
+    LeaseStatus,
     LocationKey,
     PathType,
     SnapshotPage,
@@ -70,6 +75,7 @@ class SqliteIndex:
         self._turn = trio.CapacityLimiter(1)
         self._changed = trio.Event()
         self._began = False  # the first change of a process begins a life of the database
+        self._lessor = Lessor(self._record_leases, clock_ns)
         self._odd: dict[StorageID, tuple[str, ...]] = {}
         self._connections: tuple[sqlite3.Connection, sqlite3.Connection] | None = None
 
@@ -91,8 +97,11 @@ class SqliteIndex:
         index = cls(path, cutoff=cutoff, clock_ns=clock_ns, keep_changes=keep_changes)
         await trio.to_thread.run_sync(index._connect, limiter=index._turn)
         try:
+            with index._reading() as db:
+                index._lessor.restore(queries.leases(db))
             yield index
         finally:
+            index._lessor.close()
             with trio.CancelScope(shield=True):
                 # Behind any commit that still runs for a cancelled caller.
                 await trio.to_thread.run_sync(index._disconnect, limiter=index._turn)
@@ -140,6 +149,27 @@ class SqliteIndex:
         for key in batch:
             checks.check_key(key)
         await self._write(lambda db: transactions.drop(db, batch))
+
+    async def lock(self, lease: Lease, *, wait: float = 0) -> bool:
+        """Grant a lock, waiting up to `wait` seconds for others."""
+        return await self._lessor.lock(lease, wait=wait)
+
+    async def renew(self, token: str) -> None:
+        """Let a lease last anew; `LeaseLost` when it has ended."""
+        await self._lessor.renew(token)
+
+    async def release(self, token: str) -> None:
+        """End a lease, or the wait for it; one that has ended, or never was, is fine."""
+        await self._lessor.release(token)
+
+    async def leases(self) -> list[LeaseStatus]:
+        """Everything that is locked, then what waits, each by sector."""
+        return await self._lessor.leases()
+
+    async def _record_leases(
+        self, granted: Lease | None, now_ns: int, ended: Sequence[str]
+    ) -> None:
+        await self._write(lambda db: transactions.record_leases(db, granted, now_ns, ended))
 
     async def info(self, storage: StorageID) -> StorageInfo:
         """What was attached."""

@@ -8,19 +8,28 @@ from __future__ import annotations
 
 import enum
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sectorfs.errors import NotFound
 from sectorfs.index.checks import missing
-from sectorfs.index.protocol import Declaration, FsStat, HealthReport, LocationKey, StorageInfo
+from sectorfs.index.protocol import (
+    Declaration,
+    FsStat,
+    HealthReport,
+    Lease,
+    LocationKey,
+    StorageInfo,
+)
 from sectorfs.index.rows import (
+    LEASE_MARKS,
     STORAGE_COLUMNS,
     STORAGE_INFO_COUNT,
     STORAGE_MARKS,
     Connection,
     facts_row,
     info_row,
+    lease_row,
     split,
     stat_row,
 )
@@ -121,6 +130,15 @@ def drop(db: Connection, keys: Sequence[LocationKey]) -> None:
         ).fetchall()
         if found:
             _location_changed(db, where)
+
+
+def record_leases(db: Connection, granted: Lease | None, now_ns: int, ended: Iterable[str]) -> None:
+    """Forget leases that ended, then note one that was granted: nobody follows them as changes."""
+    for token in ended:
+        db.execute("DELETE FROM lease WHERE token = ?", (token,))
+    if granted is not None:
+        row = lease_row(granted, now_ns)
+        db.execute(f"INSERT OR REPLACE INTO lease VALUES ({LEASE_MARKS})", row)
 
 
 def begin_life(db: Connection, after: int) -> None:
