@@ -23,7 +23,18 @@ from sectorfs.stores import storage_list
 from sectorfs.stores.metadata import init_path
 from sectorfs.types import Facts
 from tests.cluster import SECTORFS, Node, cluster, until, write, write_cache
-from tests.cluster_fixtures import configure, declare_at, free_port, status
+from tests.cluster_fixtures import (
+    attach,
+    configure,
+    declare_at,
+    free_port,
+    locations,
+    metric,
+    put,
+    rescan,
+    status,
+    threads,
+)
 from tests.hung_disk import HungDisk, hung_disk
 from tests.mount_clients import Client, Clients
 
@@ -221,6 +232,73 @@ def test_a_path_that_hangs_is_shown_with_the_reason(
     assert any(hung.storage in problem for problem in status(world.node).problems)
     world.disk.go()
     assert_comes_back(world, asker)
+
+
+def test_after_one_deadline_a_hung_disk_refuses_at_once(world: World) -> None:
+    world.start()
+    asker = world.clients.asker()
+    holders = world.clients.readers(world.hung_files(4))
+    world.disk.hang("read")
+    first = asker.do("read", world.hung_file(0))
+    assert first["error"] == errno.EIO
+    assert DISK - 0.5 < first["seconds"] < DISK + 1
+    stuck = threads(world.node)
+    for number in (0, 1, 2, 3):
+        refused = asker.do("read", world.hung_file(number))
+        assert refused["error"] == errno.EIO
+        assert refused["seconds"] < DISK / 4
+    holders.begin()  # files that were open before are refused as well
+    answers = [holders.answer() for _ in range(4)]
+    assert {answer["error"] for answer in answers} == {errno.EIO}
+    assert max(answer["seconds"] for answer in answers) < DISK / 2
+    assert threads(world.node) <= stuck
+    assert_prompt(world, asker)
+    until("the path to be unhealthy", lambda: not world.health(world.disk.path).healthy, DISK / 2)
+    hung = world.health(world.disk.path)
+    assert f"no answer within {DISK:g} s" in str(hung.error)
+    assert any(hung.storage in problem for problem in status(world.node).problems)
+    assert metric(world.node, "sectorfs_storage_silent") == 1
+    world.disk.go()
+    assert_comes_back(world, asker)
+    assert metric(world.node, "sectorfs_storage_silent") == 0
+
+
+@pytest.mark.parametrize("where", ["on this node", "on another node"])
+def test_another_copy_is_read_instead_of_one_on_a_hung_disk(
+    tmp_path: Path, world: World, where: str
+) -> None:
+    name, data = "sealed/s-t01000-7", b"c" * SIZE
+    world.prepare()
+    metadata = world.disk.source / "sectorstore.json"
+    metadata.write_text(metadata.read_text().replace('"Weight": 10', '"Weight": 90'))
+    put(world.disk.source / name, data)
+    with cluster(tmp_path, "other") as (other,):
+        world.node.start(mount=True)
+        if where == "on this node":
+            put(world.well / name, data)
+        else:
+            configure(other)
+            other.start(index=world.node)
+            put(attach_path(other) / name, data)
+            rescan(other)
+        rescan(world.node)
+        until("both copies to be known", lambda: len(locations(world.node, name)) == 2)
+        asker = world.clients.asker()
+        until("the file to be seen", lambda: asker.do("stat", world.mount / name)["error"] == 0)
+        world.disk.hang("open")
+        first = asker.do("read", world.mount / name)
+        assert (first["error"], first["result"]) == (0, SIZE)
+        assert first["seconds"] > DISK - 0.5, "the hung disk was not the best source"
+        again = asker.do("read", world.mount / name)
+        assert (again["error"], again["result"]) == (0, SIZE)
+        assert again["seconds"] < DISK / 2
+
+
+def attach_path(node: Node) -> Path:
+    """A storage path of another node."""
+    path = node.root / "other-disk"
+    attach(node, path)
+    return path
 
 
 def test_closing_files_on_a_hung_disk_holds_up_nobody(world: World) -> None:
@@ -453,11 +531,11 @@ def test_a_hung_disk_is_served_no_longer_than_its_deadline(world: World, operati
     world.start(count)
     world.disk.hang(operation)
     answers: list[tuple[int, int, float]] = []
-    threads = [
+    users = [
         threading.Thread(target=get, args=(world, f"/remote/sealed/s-t01000-{number}", answers))
         for number in range(count)
     ]
-    for thread in threads:
+    for thread in users:
         thread.start()
     until("requests to wait", lambda: world.disk.waiting(operation) >= 10)
     for path in ("/remote/sealed/s-t02000-1", "/health", "/metrics"):
@@ -465,7 +543,7 @@ def test_a_hung_disk_is_served_no_longer_than_its_deadline(world: World, operati
         get(world, path, prompt)
         assert prompt[0][0] == 200
         assert prompt[0][2] < 1, path
-    for thread in threads:
+    for thread in users:
         thread.join(20)
     assert len(answers) == count
     assert all(code == 503 or length < SIZE for code, length, _ in answers)

@@ -255,6 +255,22 @@ async def test_one_who_leaves_takes_a_shared_call_from_nobody(lane: Lane) -> Non
     assert answers == ["space"]
 
 
+async def test_who_shares_a_call_learns_of_silence_at_once(lane: Lane, disk: Disk) -> None:
+    learned: list[float] = []
+
+    async def beat() -> None:
+        await trio.sleep(DEADLINE / 2)
+        with pytest.raises(StorageUnavailable, match=r"read: no answer within 0.2 s"):
+            await lane.share(disk.call, what="health check")
+        learned.append(trio.current_time())
+
+    started = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(beat)
+        await fall_silent(lane, disk)
+    assert learned[0] - started < 1.5 * DEADLINE
+
+
 async def test_errors_of_a_shared_call_reach_everybody(lane: Lane) -> None:
     def fail() -> None:
         raise OSError(5, "broken")

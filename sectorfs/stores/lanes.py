@@ -89,6 +89,7 @@ class Lane:
 
         For what is asked again and again, as heartbeats do: of a disk that hangs one thread hangs,
         and not one more each time. No crowd of readers holds it up: its thread is beyond the bound.
+        It ends as soon as the disk proves silent, so that heartbeats tell of it at once.
         """
         self.check()
         running, placed = self._shared.get(what, (None, None))
@@ -100,8 +101,9 @@ class Lane:
             placed = Placed(self.thing, call)
             running = Call(placed, ended=lambda ended: self._share_ended(what, ended))
             self._shared[what] = running, placed
-        with trio.move_on_after(self.deadline):
+        with trio.move_on_after(self.deadline) as scope, self.pulse.until_silent(scope):
             return await self._result(running, what)
+        self.check()
         raise self._no_answer(what)
 
     async def finish(self, call: Callable[[], T], *, what: str) -> T:

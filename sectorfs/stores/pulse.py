@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Generic, TypeVar
 
 import trio
@@ -46,6 +46,7 @@ class Pulse:
         self._breaker = Breaker(pause=deadline, longest=LONGEST_PAUSE * deadline)
         self._probes: list[_Probe] = []  # those that are out
         self._answered_at = -math.inf
+        self._scopes: set[trio.CancelScope] = set()
         self.changed: Callable[[], object] = _nobody
         """Called on the loop when the disk falls silent, and when it answers again."""
 
@@ -72,6 +73,8 @@ class Pulse:
             return
         if now - self._probes[-1].call.began >= self._grace:
             self._breaker.failed(now, reason)
+            for scope in self._scopes:
+                scope.cancel()
             self.changed()
 
     def answered(self) -> None:
@@ -80,6 +83,15 @@ class Pulse:
         if not self._breaker.closed:
             self._breaker.answered()
             self.changed()
+
+    @contextmanager
+    def until_silent(self, scope: trio.CancelScope) -> Iterator[None]:
+        """Cancel `scope` when the disk falls silent during the block."""
+        self._scopes.add(scope)
+        try:
+            yield
+        finally:
+            self._scopes.remove(scope)
 
     def _probe(self) -> None:
         if len(self._probes) >= HUNG_PROBES:
