@@ -9,12 +9,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from sectorfs.index.protocol import Lease, SectorIndex
 from sectorfs.stores.metadata import read_metadata
+from sectorfs.types import FileType
 from tests.cli_fixtures import Say, fine, on_terminal, refused, sayer, settings_of
 from tests.cluster import SECTORFS, Node, cluster, until, write
-from tests.cluster_fixtures import attach, cache_of, configure, declare_at, free_port, locations
+from tests.cluster_fixtures import (
+    attach,
+    cache_of,
+    configure,
+    declare_at,
+    free_port,
+    locations,
+    with_index,
+)
+from tests.index_fixtures import lease
 
 
 @pytest.fixture
@@ -420,3 +432,58 @@ def test_scan_of_all_paths_on_a_terminal_shows_its_result(node: Node, tmp_path: 
     code, screen = on_terminal(node, "storage", "redeclare", "--all", columns=80)
     assert code == 0, screen
     assert "declared 0, dropped 0, odd 0" in screen
+
+
+# --- locks ---
+
+
+def lock_by(node: Node, *wanted: Lease) -> None:
+    """Have a node's Index grant some locks."""
+
+    async def work(client: SectorIndex) -> None:
+        for one in wanted:
+            assert await client.lock(one)
+
+    with_index(node, work)
+
+
+def test_without_locks_it_says_so(say: Say) -> None:
+    assert fine(say("storage", "locks")).out == "no sector is locked\n"
+    assert fine(say("storage", "locks", "--json")).json() == []
+
+
+def test_who_holds_which_sector_and_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with cluster(tmp_path, "one", "two") as [one, two]:
+        configure(one)
+        one.start()
+        two.start(index=one)
+        lock_by(
+            one,
+            lease("reader", 7, read=FileType.CACHE),
+            lease("mover", 7, read=FileType.CACHE, write=FileType.SEALED),
+            msgspec.structs.replace(lease("odd", 8, write=FileType.KEY), owner="[red]odd"),
+        )
+        for node in (one, two):
+            say = sayer(node.repo, capfd)
+            seven, eight = fine(say("storage", "locks", "--json")).json()
+            assert (seven["sector"], seven["read"], seven["write"]) == (
+                "s-t01000-7",
+                {"cache": 2},
+                ["sealed"],
+            )
+            assert sorted(held["owner"] for held in seven["leases"]) == ["mover", "reader"]
+            assert 0 < eight["leases"][0]["expires_in"] <= 60
+            lines = fine(say("storage", "locks")).out.splitlines()
+            assert [line for line in lines if not line.startswith(" ")] == [
+                "s-t01000-7  cache(R:2) sealed(W)",
+                "s-t01000-8  key(W)",
+            ]
+            assert any(
+                re.fullmatch(
+                    r"  cache\(R\) sealed\(W\)  mover: a test, since \S+Z, ends in \d+ s", line
+                )
+                for line in lines
+            )
+            assert any("[red]odd: a test" in line for line in lines)
+        one.kill()
+        refused(say("storage", "locks"), 5)

@@ -7,7 +7,14 @@ import json
 import msgspec
 import pytest
 
-from sectorfs.index.protocol import Declaration, FsStat, StorageInfo, StorageStatus
+from sectorfs.index.protocol import (
+    Declaration,
+    FsStat,
+    LeaseStatus,
+    Lock,
+    StorageInfo,
+    StorageStatus,
+)
 from sectorfs.node import reports
 from sectorfs.types import Facts, FileType, SectorFile, SectorID, StorageID
 
@@ -207,3 +214,51 @@ def test_state_where_no_node_runs(storages: list[StorageID], state: str) -> None
 
 def test_sector_without_declarations() -> None:
     assert sector_shape() == {"sector": "s-t01000-7", "files": []}
+
+
+def lease_status(
+    number: int, *, read: int = 0, write: int = 0, owner: str = "a", expires_in: float | None = 30
+) -> LeaseStatus:
+    return LeaseStatus(
+        lock=Lock(sector=SectorID(1000, number), read=read, write=write),
+        owner=owner,
+        reason="a move",
+        since_ns=0,
+        expires_in=expires_in,
+    )
+
+
+def test_locks_by_sector_with_readers_counted() -> None:
+    both = FileType.UNSEALED | FileType.UPDATE_CACHE
+    found = reports.lock_reports(
+        [
+            lease_status(9, read=both),
+            lease_status(7, write=FileType.SEALED, read=FileType.UNSEALED),
+            lease_status(9, read=FileType.UNSEALED, owner="b"),
+            lease_status(9, write=both, owner="c", expires_in=None),
+            lease_status(10, write=FileType.KEY, expires_in=None),
+        ]
+    )
+    shape = json.loads(msgspec.json.encode(found))
+    assert [one["sector"] for one in shape] == ["s-t01000-7", "s-t01000-9", "s-t01000-10"]
+    assert shape[0] == {
+        "sector": "s-t01000-7",
+        "read": {"unsealed": 1},
+        "write": ["sealed"],
+        "leases": [
+            {
+                "owner": "a",
+                "reason": "a move",
+                "read": ["unsealed"],
+                "write": ["sealed"],
+                "since": "1970-01-01T00:00:00.000Z",
+                "expires_in": 30.0,
+            }
+        ],
+        "waiting": [],
+    }
+    assert (shape[1]["read"], shape[1]["write"]) == ({"unsealed": 2, "update-cache": 1}, [])
+    assert [one["owner"] for one in shape[1]["leases"]] == ["a", "b"]
+    assert [one["owner"] for one in shape[1]["waiting"]] == ["c"]
+    assert shape[1]["waiting"][0]["expires_in"] is None
+    assert (shape[2]["read"], shape[2]["write"], shape[2]["leases"]) == ({}, [], [])

@@ -41,6 +41,11 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
 
 
+def printable(text: str) -> str:
+    """Without what would move the cursor: ids, URLs, owners, errors are told by other nodes."""
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
 def size(count: int) -> str:
     """Bytes for people: ``1.5 TiB``."""
     value, unit = float(count), 0

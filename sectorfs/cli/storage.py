@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from sectorfs.cli import output, storage_view
+from sectorfs.cli import lock_view, output, storage_view
 from sectorfs.cli.context import Location, Settings, common, with_admin
 from sectorfs.cli.progress import shown
 from sectorfs.errors import BadInput
@@ -48,7 +48,7 @@ class Names(click.ParamType[tuple[str, ...]]):
 @click.group()
 @common
 def storage(settings: Settings) -> None:
-    """Storage paths: attach, detach, set, scan, list, find."""
+    """Storage paths: attach, detach, set, scan, list, find, locks."""
 
 
 @storage.command()
@@ -233,6 +233,22 @@ def find(settings: Settings, sector: str) -> None:
         output.print_json(found)
     else:
         output.console().print(output.sector_table(found))
+
+
+@storage.command()
+@common
+def locks(settings: Settings) -> None:
+    """Which sectors are locked, by whom and why, and who waits.
+
+    A lock ends with its lease: one whose holder died is gone when its seconds are over.
+
+    Example: sectorfs storage locks
+    """
+    found = with_admin(settings, lambda admin: admin.locks())
+    if settings.as_json:
+        output.print_json(found)
+    else:
+        lock_view.print_locks(output.console(), found)
 
 
 def _target(text: str) -> str:

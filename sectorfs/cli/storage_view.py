@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from rich.console import Console
 from rich.text import Text
 
-from sectorfs.cli.output import size
+from sectorfs.cli.output import printable, size
 from sectorfs.node.reports import StorageReport
 
 BAR_WIDTHS = (10, 50)
@@ -57,7 +57,7 @@ def storage_lines(storage: StorageReport, *, width: int) -> list[Text]:
     ]
     lines += [Text(_INDENT + text) for text in settings]
     if storage.error is not None:
-        lines.append(Text(f"{_INDENT}why: {_printable(storage.error)}", style="red"))
+        lines.append(Text(f"{_INDENT}why: {printable(storage.error)}", style="red"))
     return lines
 
 
@@ -66,7 +66,7 @@ def _head(storage: StorageReport) -> Text:
     purposes = [
         word for word, flag in (("seal", storage.can_seal), ("store", storage.can_store)) if flag
     ]
-    line = Text().append(_printable(storage.storage), style="bold")
+    line = Text().append(printable(storage.storage), style="bold")
     idle = "closed" if storage.weight else "copies"
     line.append(f"  {'+'.join(purposes) or idle}  weight {storage.weight}  ")
     health, style = ("ok", "green") if storage.healthy else ("unhealthy", "red")
@@ -127,9 +127,4 @@ def bar_style(share: float) -> str:
 
 
 def _clean(texts: Iterable[str]) -> list[str]:
-    return [_printable(text) for text in texts]
-
-
-def _printable(text: str) -> str:
-    """Without what would move the cursor: ids, URLs and errors are told by other nodes."""
-    return "".join(char if char.isprintable() else " " for char in text)
+    return [printable(text) for text in texts]

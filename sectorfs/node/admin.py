@@ -76,6 +76,9 @@ class Admin(Protocol):
     async def find(self, sector: SectorID) -> reports.SectorReport:
         """Where the files of a sector are."""
 
+    async def locks(self) -> list[reports.LockReport]:
+        """Locked sectors: what of them, by whom and why, and who waits."""
+
 
 class LocalAdmin:
     """The verbs, done here."""
@@ -269,6 +272,10 @@ class LocalAdmin:
             path_of=self.file_path,
             state=self._state,
         )
+
+    async def locks(self) -> list[reports.LockReport]:
+        """See `Admin.locks`."""
+        return reports.lock_reports(await self._index.leases())
 
     def file_path(self, file: SectorFile, storage: StorageID) -> str | None:
         """Where a copy lies on this node."""

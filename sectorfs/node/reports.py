@@ -12,7 +12,8 @@ from datetime import UTC, datetime
 import msgspec
 
 from sectorfs.index import content
-from sectorfs.index.protocol import Declaration, StorageStatus
+from sectorfs.index.locks import Counts
+from sectorfs.index.protocol import Declaration, LeaseStatus, StorageStatus
 from sectorfs.types import FileType, SectorFile, SectorID, StorageID
 
 
@@ -70,6 +71,29 @@ class SectorReport(msgspec.Struct, kw_only=True):
 
     sector: str
     files: list[FileReport]
+
+
+class LeaseReport(msgspec.Struct, kw_only=True):
+    """One holder of a lock, or one who waits for it."""
+
+    owner: str
+    reason: str
+    read: list[str]
+    write: list[str]
+    since: str
+    expires_in: float | None
+    """Seconds until it ends unless it is renewed; None while it waits."""
+
+
+class LockReport(msgspec.Struct, kw_only=True):
+    """What is locked of a sector, as `storage locks` shows it."""
+
+    sector: str
+    read: dict[str, int]
+    """Readers by type."""
+    write: list[str]
+    leases: list[LeaseReport]
+    waiting: list[LeaseReport]
 
 
 class MountReport(msgspec.Struct, kw_only=True):
@@ -210,6 +234,41 @@ def sector_report(
             )
         )
     return SectorReport(sector=sector.name, files=files)
+
+
+def lock_reports(statuses: Iterable[LeaseStatus]) -> list[LockReport]:
+    """What is locked, by sector; who waits is in order of arrival."""
+    by_sector: dict[SectorID, list[LeaseStatus]] = {}
+    for status in statuses:
+        by_sector.setdefault(status.lock.sector, []).append(status)
+    return [_lock_report(sector, found) for sector, found in sorted(by_sector.items())]
+
+
+def _lock_report(sector: SectorID, statuses: Sequence[LeaseStatus]) -> LockReport:
+    held = [status for status in statuses if status.expires_in is not None]
+    counts = Counts.of(status.lock for status in held)
+    return LockReport(
+        sector=sector.name,
+        read={one.dir_name: counts.readers[one.bit] for one in FileType if counts.read & one},
+        write=_names(counts.write),
+        leases=[_lease_report(status) for status in held],
+        waiting=[_lease_report(status) for status in statuses if status.expires_in is None],
+    )
+
+
+def _lease_report(status: LeaseStatus) -> LeaseReport:
+    return LeaseReport(
+        owner=status.owner,
+        reason=status.reason,
+        read=_names(status.lock.read),
+        write=_names(status.lock.write),
+        since=rfc3339(status.since_ns),
+        expires_in=status.expires_in,
+    )
+
+
+def _names(mask: int) -> list[str]:
+    return [one.dir_name for one in FileType if mask & one]
 
 
 def _state_at_rest(locations: Iterable[LocationReport]) -> str:

@@ -82,6 +82,7 @@ def node_methods(
         ("Sectorfs.NodeScans", "read", (), admin.scans),
         ("Sectorfs.NodeStorages", "read", (), admin.storages),
         ("Sectorfs.NodeFind", "read", (str,), find),
+        ("Sectorfs.NodeLocks", "read", (), admin.locks),
     )
     return [
         Method(name=name, permission=permission, params=params, handler=handler)
@@ -160,6 +161,10 @@ class NodeClient:
     async def find(self, sector: SectorID) -> reports.SectorReport:
         """See `Admin.find`."""
         return await self._call("Sectorfs.NodeFind", sector.name, result=reports.SectorReport)
+
+    async def locks(self) -> list[reports.LockReport]:
+        """See `Admin.locks`."""
+        return await self._call("Sectorfs.NodeLocks", result=list[reports.LockReport])
 
     async def _call(
         self, method: str, *params: object, result: type[T], patience: float = 0.0
