@@ -60,6 +60,7 @@ NUMBERS = {
     "BATCH_FORGET": (42, "FUSE_BATCH_FORGET"),
     "HAS_MORE_FLAGS": (1 << 30, "FUSE_INIT_EXT"),
     "PASSTHROUGH": (1 << 5, "(FUSE_PASSTHROUGH >> 32)"),
+    "ASYNC_DIRECT": (1 << 15, "FUSE_ASYNC_DIO"),
     "WRITEBACK_CACHE": (1 << 16, "FUSE_WRITEBACK_CACHE"),
     "OPEN_KEEP_CACHE": (1 << 1, "FOPEN_KEEP_CACHE"),
     "OPEN_CACHE_DIRECTORY": (1 << 3, "FOPEN_CACHE_DIR"),
@@ -127,7 +128,7 @@ async def test_the_kernel_grants_what_the_introduction_asks_for(tmp_path: Path) 
 
 async def test_without_a_mount_the_answer_is_no() -> None:
     offer = kernel.offer()
-    assert not (offer.passthrough or offer.interrupts or offer.cached_directories)
+    assert (offer.passthrough, offer.interrupts, offer.cached_directories) == (False,) * 3
     assert offer.reason
     assert not kernel.remember(1, 1, 0)
     assert kernel.forget(1) == 0

@@ -29,6 +29,7 @@ from sectorfs.fuse import mounts
 from sectorfs.fuse.operations import Mount
 from sectorfs.metrics import FUSE_REQUESTS
 from sectorfs.types import Facts
+from tests.hung_disk import hung_disk
 from tests.mount_fixtures import (
     HERE,
     SLOW,
@@ -915,23 +916,21 @@ async def daemon(*arguments: object) -> AsyncIterator[trio.Process]:
             await process.wait()
 
 
-async def test_a_killed_daemon_with_a_stuck_thread_is_replaced(
-    world: World, memory: Path, tmp_path: Path
-) -> None:
-    """The daemon's thread hangs in another FUSE file system: this test's own, behind a gate."""
-    world.add_storage(SLOW, memory)
-    world.put("sealed/9", b"s" * 65_536, SLOW)
+async def test_a_killed_daemon_with_a_stuck_thread_is_replaced(tmp_path: Path) -> None:
+    """Its thread hangs in a disk that does not even hear of the kill."""
     other = tmp_path / "daemon"
     other.mkdir()
     path = other / "mnt" / "sealed"
-    async with world.mounted():
-        world.store.lanes[SLOW].gate.clear()
-        async with daemon(other, world.mountpoint) as process:
+    with hung_disk(tmp_path) as disk:
+        (disk.source / "sealed").mkdir()
+        (disk.source / "sealed" / "s-t01000-9").write_bytes(b"s" * 65_536)
+        async with daemon(other, disk.path) as process:
             assert (await wait_shell(f"cat {path}/s-t01000-7")) == "seven"
+            disk.hang("open")
             reader = await trio.lowlevel.open_process(
                 ["cat", str(path / "s-t01000-9")], stderr=subprocess.DEVNULL
             )
-            await eventually(lambda: world.store.waiting == 1, 10)
+            await eventually(lambda: disk.waiting("open") == 1, 10)
             process.send_signal(signal.SIGKILL)
             await eventually(lambda: thread_states(process.pid) >= {"D"}, 10)
             found = mounts.find_mount(other / "mnt")
@@ -944,7 +943,7 @@ async def test_a_killed_daemon_with_a_stuck_thread_is_replaced(
                 assert (await wait_shell(f"cat {path}/s-t01000-7")) == "seven"
             assert mounts.clear_dead_mount(other / "mnt", lambda mount: False) is True
             assert thread_states(process.pid) >= {"D"}, "it was stuck all the time"
-            world.store.lanes[SLOW].gate.set()
+            disk.go()
 
 
 async def wait_shell(command: str) -> str:

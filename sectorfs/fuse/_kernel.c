@@ -51,6 +51,7 @@ enum {
 enum {
     HAS_MORE_FLAGS = 1 << 30, /* of INIT: `flags2` counts */
     PASSTHROUGH = 1 << 5,     /* of INIT, in `flags2` */
+    ASYNC_DIRECT = 1 << 15,
     WRITEBACK_CACHE = 1 << 16,
     OPEN_KEEP_CACHE = 1 << 1,
     OPEN_CACHE_DIRECTORY = 1 << 3,
@@ -583,6 +584,8 @@ static void mark_init(struct init_reply *reply)
 {
     reply->max_background = channel.max_background;
     reply->congestion_threshold = (uint16_t)(channel.max_background / 4 * 3);
+    /* The kernel tells of no signal while it waits for a direct read that it sent this way. */
+    reply->flags &= ~(uint32_t)ASYNC_DIRECT;
     if ((channel.offered & PASSTHROUGH) && !(reply->flags & WRITEBACK_CACHE)) {
         reply->flags |= HAS_MORE_FLAGS;
         reply->flags2 |= PASSTHROUGH;

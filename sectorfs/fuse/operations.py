@@ -32,6 +32,7 @@ from sectorfs.config import MountConfig
 from sectorfs.errors import MountFailed, ReadOnly, SectorFSError
 from sectorfs.fuse import mounts, xattrs
 from sectorfs.fuse.handles import Handles, Invalidate, OnStale
+from sectorfs.fuse.interrupts import Interrupts
 from sectorfs.fuse.inodes import InodeTable
 from sectorfs.fuse.notifications import ForgetName, Notice, Notifications
 from sectorfs.fuse.tree import (
@@ -71,7 +72,9 @@ def replies(
     async def reply(self: SectorOperations, /, *args: P.args, **kwargs: P.kwargs) -> R:
         started = time.perf_counter()
         try:
-            result = await handler(self, *args, **kwargs)
+            number = kernel.current()
+            work = handler(self, *args, **kwargs)
+            result = await (self.interrupts.answer(number, work) if number else work)
         except pyfuse3.FUSEError as exc:
             _count_error(operation, exc.errno)
             raise
@@ -135,6 +138,7 @@ class SectorOperations(pyfuse3.Operations):
         self._local_path = local_path
         self._filesystem = filesystem
         self.introduced = trio.Event()
+        self.interrupts = Interrupts()
         self.inodes = InodeTable()
         self.tree = Tree(catalog, self.inodes, types=config.types)
         self.notifications = Notifications(self.inodes, shown_types=self.tree.shown_types)
@@ -373,6 +377,7 @@ class Mount:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._answer, nursery.cancel_scope)
                     await self._operations.introduced.wait()
+                    nursery.start_soon(self._operations.interrupts.run)
                     # Not earlier: the introduction sets the kernel's own bounds.
                     if self._mount is not None:
                         mounts.tune(self._mount)
