@@ -1,12 +1,14 @@
-"""A disk that hangs on command: a read-only mirror of a directory, mounted by a process of its own.
+"""A disk that hangs or fails on command: a mirror of a directory, mounted by a process of its own.
 
 Run as ``python hung_disk.py SOURCE MOUNTPOINT``. Lines on its standard input tell it what to do:
-``hang read open`` (those operations wait from now on), ``go`` (all of them go on), ``waiting`` (how
-many wait). Each is answered by one line, so that whoever asked knows that it is in force. At the
-end of its input the program ends, and with it the mount's connection: nothing outlives a test.
+``hang read open`` (those operations wait from now on), ``fail write 4096 s-t0`` (writes to files
+with that in their path get EIO once so many bytes were written; other operations once so many calls
+were answered), ``go`` (all is well again), ``waiting`` (how many wait). Each is answered by one
+line, so that whoever asked knows that it is in force. At the end of its input the program ends, and
+with it the mount's connection: nothing outlives a test.
 
-Reads are direct and nothing is cached, so that each operation of a user is a request here; a thread
-that waits in one cannot be killed, as on a disk whose driver does not answer.
+Reads and writes are direct and nothing is cached, so that each operation of a user is a request
+here; a thread that waits in one cannot be killed, as on a disk whose driver does not answer.
 """
 
 from __future__ import annotations
@@ -27,7 +29,12 @@ import trio
 from sectorfs.fuse import mounts
 from tests.mount_clients import read_line
 
-OPERATIONS = ("lookup", "getattr", "opendir", "readdir", "open", "read", "flush", "statfs")
+READING = ("lookup", "getattr", "opendir", "readdir", "open", "read", "flush", "statfs")
+WRITING = (
+    *("create", "write", "fsync", "fsyncdir", "setattr"),
+    *("mkdir", "unlink", "rmdir", "rename", "link"),
+)
+OPERATIONS = (*READING, *WRITING)
 PATIENCE = 10.0
 """Seconds within which the program answers a command."""
 
@@ -37,22 +44,33 @@ class Mirror(pyfuse3.Operations):
 
     def __init__(self, source: str) -> None:
         super().__init__()
+        # A number stays with a file while it has names, and is never given to another one.
         self._paths = {pyfuse3.ROOT_INODE: source}
         self._numbers = {source: pyfuse3.ROOT_INODE}
+        self._last = int(pyfuse3.ROOT_INODE)
+        self._opened: dict[int, str] = {}
         self.hung: frozenset[str] = frozenset()
+        self.failing: dict[str, tuple[int, str]] = {}
+        """Per operation what it still answers, and what the paths must have in them to fail."""
         self.waiting: Counter[str] = Counter()
         self._go = trio.Event()
 
     def hang(self, operations: frozenset[str]) -> None:
         self.hung = operations
 
+    def fail(self, operation: str, after: int, only: str) -> None:
+        self.failing[operation] = (after, only)
+
     def go(self) -> None:
         self.hung = frozenset()
+        self.failing.clear()
         self._go.set()
         self._go = trio.Event()
 
     @asynccontextmanager
-    async def _answering(self, operation: str) -> AsyncIterator[None]:
+    async def _answering(
+        self, operation: str, path: str = "", *, size: int = 1
+    ) -> AsyncIterator[None]:
         """Wait while the operation hangs; what the disk itself says becomes the answer."""
         while operation in self.hung:
             self.waiting[operation] += 1
@@ -60,6 +78,11 @@ class Mirror(pyfuse3.Operations):
                 await self._go.wait()
             finally:
                 self.waiting[operation] -= 1
+        left, only = self.failing.get(operation, (0, "\0"))
+        if only in path:
+            if left < size:
+                raise pyfuse3.FUSEError(errno.EIO)
+            self.failing[operation] = (left - size, only)
         try:
             yield
         except OSError as exc:
@@ -68,9 +91,10 @@ class Mirror(pyfuse3.Operations):
     def _attributes(self, path: str) -> pyfuse3.EntryAttributes:
         found = os.lstat(path)
         entry = pyfuse3.EntryAttributes()
-        number = self._numbers.setdefault(path, len(self._numbers) + 1)
-        self._paths[number] = path
-        entry.st_ino = number
+        if path not in self._numbers:
+            self._last += 1
+            self._name(self._last, path)
+        entry.st_ino = self._numbers[path]
         entry.st_mode = found.st_mode
         entry.st_nlink = found.st_nlink
         entry.st_size = found.st_size
@@ -80,41 +104,129 @@ class Mirror(pyfuse3.Operations):
         entry.entry_timeout = entry.attr_timeout = 0
         return entry
 
+    def _name(self, number: int, path: str) -> None:
+        self._numbers[path] = number
+        self._paths[number] = path
+
+    def _unname(self, path: str) -> None:
+        number = self._numbers.pop(path, None)
+        for other, same in self._numbers.items():
+            if same == number:
+                self._paths[number] = other
+
+    def _below(self, parent: int, name: bytes) -> str:
+        return os.path.join(self._paths[parent], os.fsdecode(name))
+
     async def lookup(self, parent_inode, name, ctx):  # type: ignore[no-untyped-def]
-        async with self._answering("lookup"):
-            return self._attributes(os.path.join(self._paths[parent_inode], os.fsdecode(name)))
+        path = self._below(parent_inode, name)
+        async with self._answering("lookup", path):
+            return self._attributes(path)
 
     async def getattr(self, inode, ctx=None):  # type: ignore[no-untyped-def]
-        async with self._answering("getattr"):
+        async with self._answering("getattr", self._paths[inode]):
             return self._attributes(self._paths[inode])
 
+    async def setattr(self, inode, attr, fields, fh, ctx):  # type: ignore[no-untyped-def]
+        path = self._paths[inode]
+        async with self._answering("setattr", path):
+            if fields.update_size:
+                os.truncate(path, attr.st_size)
+            if fields.update_mode:
+                os.chmod(path, attr.st_mode & 0o7777)
+            if fields.update_mtime:
+                os.utime(path, ns=(attr.st_mtime_ns, attr.st_mtime_ns), follow_symlinks=False)
+            return self._attributes(path)
+
     async def opendir(self, inode, ctx):  # type: ignore[no-untyped-def]
-        async with self._answering("opendir"):
+        async with self._answering("opendir", self._paths[inode]):
             return inode
 
     async def readdir(self, fh, start_id, token):  # type: ignore[no-untyped-def]
-        async with self._answering("readdir"):
-            path = self._paths[fh]
+        path = self._paths[fh]
+        async with self._answering("readdir", path):
             for position, name in enumerate(sorted(os.listdir(path))[start_id:], start_id + 1):
                 entry = self._attributes(os.path.join(path, name))
                 if not pyfuse3.readdir_reply(token, os.fsencode(name), entry, position):
                     break
 
+    async def fsyncdir(self, fh, datasync):  # type: ignore[no-untyped-def]
+        async with self._answering("fsyncdir", self._paths[fh]):
+            return
+
     async def open(self, inode, flags, ctx):  # type: ignore[no-untyped-def]
-        async with self._answering("open"):
-            fd = os.open(self._paths[inode], os.O_RDONLY | os.O_CLOEXEC)
-            return pyfuse3.FileInfo(fh=fd, direct_io=True, keep_cache=False)
+        path = self._paths[inode]
+        async with self._answering("open", path):
+            fd = os.open(path, flags & (os.O_ACCMODE | os.O_TRUNC) | os.O_CLOEXEC)
+            return self._handle(fd, path)
+
+    async def create(self, parent_inode, name, mode, flags, ctx):  # type: ignore[no-untyped-def]
+        path = self._below(parent_inode, name)
+        async with self._answering("create", path):
+            kept = os.O_ACCMODE | os.O_EXCL | os.O_TRUNC
+            fd = os.open(path, flags & kept | os.O_CREAT | os.O_CLOEXEC, mode & 0o7777)
+            return self._handle(fd, path), self._attributes(path)
+
+    def _handle(self, fd: int, path: str) -> pyfuse3.FileInfo:
+        self._opened[fd] = path
+        return pyfuse3.FileInfo(fh=fd, direct_io=True, keep_cache=False)
 
     async def read(self, fh, off, size):  # type: ignore[no-untyped-def]
-        async with self._answering("read"):
+        async with self._answering("read", self._opened[fh], size=size):
             return os.pread(fh, size, off)
 
+    async def write(self, fh, off, buf):  # type: ignore[no-untyped-def]
+        async with self._answering("write", self._opened[fh], size=len(buf)):
+            return os.pwrite(fh, buf, off)
+
+    async def fsync(self, fh, datasync):  # type: ignore[no-untyped-def]
+        async with self._answering("fsync", self._opened[fh]):
+            return
+
     async def flush(self, fh):  # type: ignore[no-untyped-def]
-        async with self._answering("flush"):
+        async with self._answering("flush", self._opened[fh]):
             return
 
     async def release(self, fh):  # type: ignore[no-untyped-def]
+        del self._opened[fh]
         os.close(fh)
+
+    async def mkdir(self, parent_inode, name, mode, ctx):  # type: ignore[no-untyped-def]
+        path = self._below(parent_inode, name)
+        async with self._answering("mkdir", path):
+            os.mkdir(path, mode & 0o7777)
+            return self._attributes(path)
+
+    async def unlink(self, parent_inode, name, ctx):  # type: ignore[no-untyped-def]
+        path = self._below(parent_inode, name)
+        async with self._answering("unlink", path):
+            os.unlink(path)
+            self._unname(path)
+
+    async def rmdir(self, parent_inode, name, ctx):  # type: ignore[no-untyped-def]
+        path = self._below(parent_inode, name)
+        async with self._answering("rmdir", path):
+            os.rmdir(path)
+            self._unname(path)
+
+    async def rename(self, parent_inode_old, name_old, parent_inode_new, name_new, flags, ctx):  # type: ignore[no-untyped-def]
+        old = self._below(parent_inode_old, name_old)
+        new = self._below(parent_inode_new, name_new)
+        async with self._answering("rename", old):
+            if flags:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            os.rename(old, new)
+            self._unname(new)
+            for path, number in list(self._numbers.items()):
+                if path == old or path.startswith(f"{old}/"):
+                    del self._numbers[path]
+                    self._name(number, new + path.removeprefix(old))
+
+    async def link(self, inode, new_parent_inode, new_name, ctx):  # type: ignore[no-untyped-def]
+        path = self._below(new_parent_inode, new_name)
+        async with self._answering("link", path):
+            os.link(self._paths[inode], path)
+            self._name(inode, path)
+            return self._attributes(path)
 
     async def statfs(self, ctx):  # type: ignore[no-untyped-def]
         async with self._answering("statfs"):
@@ -137,6 +249,8 @@ async def obey(mirror: Mirror) -> None:
                 word, *names = line.decode().split()
                 if word == "hang":
                     mirror.hang(frozenset(names))
+                elif word == "fail":
+                    mirror.fail(names[0], int(names[1]), "".join(names[2:]))
                 elif word == "go":
                     mirror.go()
                 print(json.dumps(dict(mirror.waiting)), flush=True)
@@ -175,6 +289,14 @@ class HungDisk:
         """Stop answering these operations (all of them when none is named)."""
         assert set(operations) <= set(OPERATIONS)
         self._command(f"hang {' '.join(operations or OPERATIONS)}")
+
+    def fail(self, operation: str, *, after: int = 0, only: str = "") -> None:
+        """Answer EIO after so many bytes of a read or write, or so many calls of anything else.
+
+        `only`: for paths with that in them; not for the disk as a whole.
+        """
+        assert operation in OPERATIONS
+        self._command(f"fail {operation} {after} {only}")
 
     def go(self) -> None:
         """Answer everything again."""

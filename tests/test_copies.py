@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,10 @@ from sectorfs.errors import DiskError, DiskFull, SourceFailed, StorageUnavailabl
 from sectorfs.stores import metadata
 from sectorfs.stores.copies import Copies, Partial
 from sectorfs.stores.lanes import Lane
-from sectorfs.types import Facts, FileType, MemberFacts, SectorFile, SectorID
+from sectorfs.stores.wanted import Wanted
+from sectorfs.types import Facts, FileType, MemberFacts, SectorFile, SectorID, StorageID
+from tests.gates import Gate
+from tests.local_fixtures import until
 from tests.wire_fixtures import fds_return_to, open_fds
 
 SECTOR = SectorID(1000, 7)
@@ -338,13 +342,14 @@ CRASH = """
 import os, sys, trio
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
+from sectorfs.stores import metadata
 from sectorfs.stores.copies import Copies
 from sectorfs.stores.lanes import Lane
-from sectorfs.types import StorageID
 from tests import test_copies as tests
 
 root, left = Path(sys.argv[1]), int(sys.argv[2])
-copies = Copies(root, StorageID("cache"), Lane(str(root), deadline=60))
+storage = metadata.read_metadata(str(root)).info.storage
+copies = Copies(root, storage, Lane(str(root), deadline=60))
 
 def dies(call):
     def step(*arguments, **keywords):
@@ -426,6 +431,138 @@ def test_crash_at_any_step_leaves_a_whole_copy_or_none(
         trio.run(work if before is None or copies.path_of(CACHE).exists() else before, copies)
         assert trio.run(is_whole, copies), f"after a crash at step {step} it cannot come again"
     raise AssertionError("it never ends")
+
+
+# --- a disk that hangs ---
+
+
+def impatient(root: Path) -> Copies:
+    """A cache path whose writes are given up soon."""
+    storage = metadata.init_cache_path(str(root)).storage
+    return Copies(root, storage, Lane(str(root), deadline=0.5, patience=0.3))
+
+
+def syncs(path: Path) -> Callable[[int], bool]:
+    """Whether an fsync is that of a file or directory."""
+    return lambda fd: os.readlink(f"/proc/self/fd/{fd}") == str(path)
+
+
+async def test_file_whose_sync_hangs_is_given_up_and_never_put_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = impatient(tmp_path / "cache")
+    partial = await copies.begin(SEALED, None, len(DATA))
+    fill(partial, DATA)
+    gate = Gate(monkeypatch, "fsync", syncs(partial.path))
+    with pytest.raises(StorageUnavailable, match=r"no answer within 0\.3 s"):
+        await copies.commit(partial, size=len(DATA), mtime_ns=MTIME_NS)
+    assert copies.lane.busy, "the thread lost its place while it hangs"
+    gate.opened.set()
+    await idle(copies)
+    assert not await copies.exists(SEALED)
+    await copies.discard(partial)
+    assert left(copies) == ["sealed", "sealed/fetching"]
+    await receive(copies, SEALED, DATA)
+    assert await content(copies, SEALED, len(DATA)) == DATA
+
+
+async def test_directory_whose_sync_hangs_is_given_up_and_never_put_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Newer files come to where the older ones were, before the thread goes on."""
+    copies = impatient(tmp_path / "cache")
+    member = await receive(copies, CACHE, b"old", "p_aux")
+    folder = copies.root / "cache" / "fetching" / CACHE.sector.name
+    gate = Gate(monkeypatch, "fsync", syncs(folder))
+    with pytest.raises(StorageUnavailable):
+        await copies.complete(CACHE, directory(member))
+    (folder / "t_aux.tmp").write_bytes(b"half of a newer file")
+    gate.opened.set()
+    await idle(copies)
+    assert not await copies.exists(CACHE)
+    assert sorted(os.listdir(folder)) == ["p_aux", "t_aux.tmp"]
+
+
+async def test_discarding_ends_though_the_disk_hangs_and_spares_what_comes_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = impatient(tmp_path / "cache")
+    monkeypatch.setattr("sectorfs.stores.copies.DISCARD_SECONDS", 0.1)
+    partial = await copies.begin(SEALED, None, len(DATA))
+    opened = threading.Event()
+    require = Wanted.require
+
+    def hanging(self: Wanted, thing: object) -> None:
+        opened.wait()
+        require(self, thing)
+
+    monkeypatch.setattr(Wanted, "require", hanging)
+    await copies.discard(partial)
+    monkeypatch.undo()
+    later = await copies.begin(SEALED, None, len(DATA))
+    opened.set()
+    await idle(copies)
+    fill(later, DATA)
+    await copies.commit(later, size=len(DATA), mtime_ns=MTIME_NS)
+    assert await content(copies, SEALED, len(DATA)) == DATA
+
+
+async def test_nothing_is_begun_while_a_write_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = metadata.init_cache_path(str(tmp_path / "cache")).storage
+    lane = Lane(str(tmp_path / "cache"), deadline=0.02, patience=0.01)
+    copies = Copies(tmp_path / "cache", storage, lane)
+    opened = threading.Event()
+    with pytest.raises(StorageUnavailable):
+        await copies.write(opened.wait, what="write")
+    with trio.fail_after(10):
+        while lane.longest_write() <= 8 * lane.deadline:  # noqa: ASYNC110 - a clock has no events
+            await trio.sleep(0.01)
+    with pytest.raises(StorageUnavailable):
+        await copies.begin(SEALED, None, 1)
+    assert lane.busy == 1
+    opened.set()
+    await idle(copies)
+
+
+async def test_nothing_is_begun_before_leftovers_are_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = impatient(tmp_path / "cache")
+    left_behind = copies.root / "sealed" / "fetching" / "s-t01000-9"
+    left_behind.parent.mkdir(parents=True)
+    left_behind.write_bytes(b"half")
+    gate = Gate(monkeypatch, "unlink", lambda path, **_: str(path) == str(left_behind))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(copies.clear_leftovers)
+        with pytest.raises(StorageUnavailable, match="since the start"):
+            await copies.begin(SEALED, None, len(DATA))
+        gate.opened.set()
+    assert left(copies) == ["sealed", "sealed/fetching"]
+    await receive(copies, SEALED, DATA)
+
+
+async def test_clearing_that_hangs_is_left_behind_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = impatient(tmp_path / "cache")
+    gate = Gate(monkeypatch, "scandir", lambda path=".": "fetching" in str(path))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(copies.clear_leftovers)
+        await until(gate.met.is_set)
+        nursery.cancel_scope.cancel()
+    gate.opened.set()
+    await until(gate.passed.is_set)
+
+
+async def test_leftovers_of_another_storage_are_not_ours(copies: Copies) -> None:
+    other = Copies(copies.root, StorageID("other"), copies.lane)
+    partial = await copies.begin(SEALED, None, 1)
+    assert await other.clear_leftovers() == 0
+    with pytest.raises(StorageUnavailable, match=r"holds storage .* instead of other"):
+        await other.begin(SEALED, None, 1)
+    await copies.discard(partial)
 
 
 async def test_leftovers_are_cleared_and_counted(

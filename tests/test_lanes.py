@@ -22,6 +22,7 @@ from sectorfs.errors import (
     StorageUnavailable,
 )
 from sectorfs.stores.lanes import DEFAULT_WIDTH, Descriptor, Lane
+from sectorfs.stores.wanted import Wanted
 from tests.local_fixtures import until
 
 
@@ -282,7 +283,7 @@ async def test_a_failed_close_is_told_and_the_next_goes_on(
 
 
 async def test_a_write_is_finished_and_timed(gate: threading.Event) -> None:
-    where = lane(deadline=0.05)
+    where = lane(deadline=0.05, patience=30)
     assert where.longest_write() == 0
     done: list[str] = []
 
@@ -297,3 +298,48 @@ async def test_a_write_is_finished_and_timed(gate: threading.Event) -> None:
         gate.set()
     assert done == ["written"]
     assert where.longest_write() == 0
+
+
+async def test_a_write_that_hangs_is_given_up_and_keeps_its_place(gate: threading.Event) -> None:
+    where = lane(patience=0.05, width=1)
+    with pytest.raises(StorageUnavailable, match=r"write: no answer within 0.05 s"):
+        await where.finish(gate.wait, what="write")
+    assert where.busy == 1
+    assert where.longest_write() > 0
+    with pytest.raises(StorageUnavailable):
+        await where.finish(lambda: None, what="another write")
+    gate.set()
+    await until(lambda: where.busy == 0)
+    assert where.longest_write() == 0
+    assert await where.finish(lambda: 5, what="write") == 5
+
+
+async def test_a_write_that_has_not_begun_can_be_cancelled(gate: threading.Event) -> None:
+    where = lane(width=1)
+    begun: list[bool] = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(where.finish, gate.wait, what="first"))
+        await until(lambda: where.busy == 1)
+        with trio.move_on_after(0.05) as scope:
+            await where.finish(lambda: begun.append(True), what="second")
+        assert scope.cancelled_caught
+        gate.set()
+    assert where.busy == 0
+    assert begun == []
+
+
+async def test_what_nobody_waits_for_is_told_so(gate: threading.Event) -> None:
+    where = lane(patience=0.05)
+    shown: list[str] = []
+
+    def write() -> None:
+        wanted.require("the file")
+        gate.wait()
+        wanted.require("the file")
+        shown.append("late")
+
+    with pytest.raises(StorageUnavailable), Wanted() as wanted:
+        await where.finish(write, what="write")
+    gate.set()
+    await until(lambda: where.busy == 0)
+    assert shown == []

@@ -26,6 +26,7 @@ from sectorfs.errors import (
 )
 from sectorfs.node import repo as repo_module
 from sectorfs.node.repo import Repo, process_runs
+from sectorfs.types import StorageID
 from sectorfs.wire import tokens
 from tests.cluster import until
 
@@ -375,6 +376,27 @@ def test_advertised_urls_are_remembered(repo: Repo) -> None:
     assert repo.advertised() == []
     repo.write_advertised(["http://a:1/remote", "http://b:1/remote"])
     assert repo.advertised() == ["http://a:1/remote", "http://b:1/remote"]
+
+
+def test_the_cache_paths_id_is_remembered_for_that_path(repo: Repo) -> None:
+    config = repo.config()
+    assert repo.cache_storage(config) is None
+    repo.write_cache_storage(config, StorageID("one"))
+    assert repo.cache_storage(config) == "one"
+    repo.write_cache_storage(config, StorageID("two"))
+    assert repo.cache_storage(config) == "two"
+    elsewhere = config.replace(cache={"path": "/a disk/cache"})
+    assert repo.cache_storage(elsewhere) is None
+    repo.write_cache_storage(elsewhere, StorageID("three"))
+    assert repo.cache_storage(elsewhere) == "three"
+    assert repo.cache_storage(config) is None
+
+
+@pytest.mark.parametrize("text", ["", "one", " ", "../x {cache}", "{cache}", "\0 {cache}"])
+def test_rubbish_is_no_id_of_the_cache_path(repo: Repo, text: str) -> None:
+    path = repo.cache_path(repo.config())
+    (repo.root / "cache-path").write_text(text.format(cache=path))
+    assert repo.cache_storage(repo.config()) is None
 
 
 def test_paths_of_the_repo(repo: Repo) -> None:

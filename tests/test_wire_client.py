@@ -17,6 +17,7 @@ from sectorfs.errors import (
     DiskError,
     Refused,
     SourceFailed,
+    StorageUnavailable,
     TimedOut,
     TooLarge,
     Unreachable,
@@ -26,6 +27,7 @@ from sectorfs.wire.client import IDLE_SECONDS, Client, parse_target_url
 from sectorfs.wire.messages import Reply, Request, text_reply
 from sectorfs.wire.pace import FLOOR, Pace
 from sectorfs.wire.response import HEADER_LIMIT
+from tests.gates import Gate
 from tests.wire_fixtures import (
     PATIENT,
     QUICK,
@@ -583,6 +585,36 @@ async def test_bytes_beyond_the_body_end_the_connection(tmp_path: Path) -> None:
             assert await save(client, url, tmp_path / "f", 2) == 2
     assert seen == [0, 1]
     assert (tmp_path / "f").read_bytes() == b"ok"
+
+
+async def test_a_write_that_hangs_ends_the_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread goes on later: not on a connection that got the same number meanwhile."""
+    ended = trio.Event()
+
+    async def told(stream: trio.SocketStream) -> None:
+        try:
+            await stream.send_all(b"x" * 100_000)
+            await hang(stream)
+        finally:
+            ended.set()
+
+    gate = Gate(monkeypatch, "pwrite", lambda fd, data, offset: offset > 0)
+    lane = Lane("disk", deadline=5, patience=0.3)
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\nfirst"
+    before = open_fds()
+    async with peer(says(answer, then=told)) as url, Client(PATIENT) as client:
+        with target_file(tmp_path / "f") as descriptor:
+            with pytest.raises(StorageUnavailable):
+                async with client.request("GET", url) as response:
+                    await response.save(descriptor, offset=0, length=1_000_000, run=lane.finish)
+            with trio.fail_after(10):
+                await ended.wait()
+            assert lane.busy == 1
+            gate.opened.set()
+            await wait_until(lambda: lane.busy == 0)
+    await fds_return_to(before)
 
 
 async def test_save_in_chunks(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ is there as soon as the catalog is; paths on slow disks are attached behind both
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -18,7 +19,7 @@ import trio
 
 from sectorfs import __version__
 from sectorfs.config import Config
-from sectorfs.errors import Refused
+from sectorfs.errors import DiskError, Refused, SectorFSError, StorageUnavailable
 from sectorfs.fuse import mounts
 from sectorfs.fuse.operations import Mount, SectorOperations
 from sectorfs.index.catalog import Catalog, FileChange
@@ -39,6 +40,7 @@ from sectorfs.stores.protocol import OpenFile
 from sectorfs.stores.remote import RemoteStore
 from sectorfs.stores.space_ledger import SpaceLedger
 from sectorfs.stores.transfer import PeerClient
+from sectorfs.stores.wanted import Wanted
 from sectorfs.types import SectorFile, StorageID
 from sectorfs.wire.client import Client
 from sectorfs.wire.jsonrpc import Dispatcher
@@ -172,6 +174,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
         limits = Limits(
             write_progress=config.timeouts.progress, body_progress=config.timeouts.progress
         )
+        await nursery.start(copies.clear_leftovers)
         await nursery.start(partial(serve, handler, listeners, limits=limits))
         nursery.start_soon(client.keep_tidy)
         await nursery.start(feed.run)
@@ -235,18 +238,31 @@ async def _mount(stack: AsyncExitStack, node: Node, mountpoint: Path) -> None:
 
 
 async def _open_copies(repo: Repo, config: Config) -> Copies:
-    """The cache path, made at first use, with nothing unfinished left in it."""
+    """The cache path, made at first use; one that was used before need not answer."""
     root = repo.cache_path(config)
     lane = Lane(str(root), deadline=config.timeouts.disk)
+    known = repo.cache_storage(config)
 
     def make() -> StorageID:
-        if not (root / metadata.METADATA_NAME).exists():
-            return metadata.init_cache_path(str(root)).storage
-        return metadata.read_metadata(str(root)).info.storage
+        if (root / metadata.METADATA_NAME).exists():
+            return metadata.read_metadata(str(root)).info.storage
+        wanted.require(root)
+        return metadata.init_cache_path(str(root)).storage
 
-    copies = Copies(root, await lane.run(make, what="open the cache path"), lane)
-    await copies.clear_leftovers()
-    return copies
+    trouble: SectorFSError = StorageUnavailable("the cache path does not answer", root)
+    with trio.move_on_after(ATTACH_SECONDS if known is not None else math.inf), Wanted() as wanted:
+        try:
+            storage = await lane.run(make, what="open the cache path")
+        except (DiskError, StorageUnavailable) as exc:
+            if known is None:
+                raise
+            trouble = exc
+        else:
+            repo.write_cache_storage(config, storage)
+            return Copies(root, storage, lane)
+    assert known is not None
+    log.error("nothing is fetched until the cache path's disk answers: %s", trouble)
+    return Copies(root, known, lane)
 
 
 async def _attach(nursery: trio.Nursery, local: LocalStore, paths: Sequence[str]) -> trio.Event:

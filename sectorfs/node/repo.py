@@ -24,6 +24,7 @@ from sectorfs import config as config_module
 from sectorfs.config import Config
 from sectorfs.errors import BadConfig, Refused, from_os
 from sectorfs.stores.metadata import write_atomically
+from sectorfs.types import StorageID, parse_storage_id
 from sectorfs.wire import tokens
 
 LOCK_PATIENCE = 1.0
@@ -87,6 +88,21 @@ class Repo:
     def cache_path(self, config: Config) -> Path:
         """The node's cache path."""
         return self.root / config.cache.path
+
+    def cache_storage(self, config: Config) -> StorageID | None:
+        """The storage id of the cache path when it was used last; None for one never used."""
+        storage, _, path = (self._read("cache-path") or "").strip().partition(" ")
+        if path != str(self.cache_path(config)):
+            return None
+        try:
+            return parse_storage_id(storage)
+        except ValueError:
+            return None
+
+    def write_cache_storage(self, config: Config, storage: StorageID) -> None:
+        """Remember it for a start at which the cache path's disk does not answer."""
+        if self.cache_storage(config) != storage:
+            self._write("cache-path", f"{storage} {self.cache_path(config)}")
 
     # --- the lock ---
 

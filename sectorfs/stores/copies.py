@@ -12,6 +12,9 @@ fsync, rename, fsync of the directory; only then may the copy be declared. A dir
 into place when all its files are there. What is left below ``fetching`` at start is removed:
 nothing refers to it. Only the cache path is ever written here, never an operator's path.
 
+Every write is bounded in time; a thread that hangs in one is left behind, and puts nothing into
+place any more. While one hangs nothing new is begun.
+
 What the cache path's own disk refuses is a `DiskError` or `StorageUnavailable`, never `NotFound` or
 a missing permission: whoever fetches must be able to tell it from what a source of the file says.
 """
@@ -19,6 +22,7 @@ a missing permission: whoever fetches must be able to tell it from what a source
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import stat
@@ -26,6 +30,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
+
+import trio
 
 from sectorfs.errors import (
     DiskError,
@@ -38,16 +44,18 @@ from sectorfs.errors import (
 )
 from sectorfs.index import content
 from sectorfs.stores.file_systems import FileSystems
-from sectorfs.stores.lanes import Descriptor, Lane
+from sectorfs.stores.lanes import PATIENT_WRITES, Descriptor, Lane
 from sectorfs.stores.protocol import OpenFile
+from sectorfs.stores.scan import PathLost, check_identity
+from sectorfs.stores.wanted import Wanted
 from sectorfs.types import ALL_TYPES, Facts, MemberFacts, SectorFile, StorageID, file_types
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PATIENT_WRITES = 8
-"""Disk deadlines that one write may take: syncing a large copy is slow on a busy disk."""
+DISCARD_SECONDS = 5.0
+"""Time for cleaning up; what is left then is cleared at the next start."""
 ROOM_LEFT = 64 << 20
 """Bytes that a fetch leaves free, so that the file system never fills entirely."""
 
@@ -73,16 +81,27 @@ class Copies:
         self.lane = lane
         self._file_systems = FileSystems()
 
-    async def clear_leftovers(self) -> int:
+        self._cleared = trio.Event()
+        self._cleared.set()
+
+    async def clear_leftovers(
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> int:
         """Remove unfinished fetches of an earlier run; returns how many there were.
 
-        A disk that does not let them go (it became read-only) keeps no node from starting.
+        A disk that does not let them go (it became read-only) keeps no node from starting. One that
+        hangs is waited for, however long, and no fetch begins before the end.
         """
+        self._cleared = trio.Event()
+        task_status.started()
+        patient = Lane(str(self.root), deadline=math.inf, width=1)
         try:
-            removed = await self.lane.finish(self._clear_leftovers, what="clear unfinished fetches")
+            removed = await patient.run(self._clear_leftovers, what="clear unfinished fetches")
         except SectorFSError as exc:
             log.warning("unfinished fetches stay: %s", exc)
             return 0
+        finally:
+            self._cleared.set()
         if removed:
             log.info("%s: removed %d unfinished fetches", self.root, removed)
         return removed
@@ -108,12 +127,22 @@ class Copies:
 
         `archive`: it comes with its whole directory, while it may be coming by itself as well.
         """
-        with _own_trouble():
+        await self._require_cleared()
+        self.refuse_hung_disk()
+        with _own_trouble(), Wanted() as wanted:
             return await self.lane.run(
-                lambda: self._begin(file, member, size, archive),
+                lambda: self._begin(file, member, size, archive, wanted),
                 what=f"begin copy of {file}",
                 discard=lambda partial: partial.descriptor.close(),
             )
+
+    async def _require_cleared(self) -> None:
+        with trio.move_on_after(self.lane.deadline):
+            await self._cleared.wait()
+            return
+        raise StorageUnavailable(
+            "the disk has not answered since the start", self.root, "check the cache path's disk"
+        )
 
     def refuse_hung_disk(self) -> None:
         """`StorageUnavailable` while a write takes so long that its disk must hang."""
@@ -130,6 +159,7 @@ class Copies:
 
     async def commit(self, partial: Partial, *, size: int, mtime_ns: int) -> None:
         """Sync a received file and give it its name; closes it."""
+        wanted = Wanted()
 
         def call() -> None:
             with partial.descriptor as fd:
@@ -139,6 +169,7 @@ class Copies:
                 os.utime(fd, ns=(mtime_ns, mtime_ns))
                 os.fsync(fd)
                 _check_name(fd, partial.path)
+            wanted.require(partial.path)
             if partial.member is None:
                 target = self._final(partial.file)
                 os.rename(partial.path, target)
@@ -148,20 +179,26 @@ class Copies:
             _sync(partial.path.parent)
 
         try:
-            await self.write(call, what=f"commit copy of {partial.file}")
+            with wanted:
+                await self.write(call, what=f"commit copy of {partial.file}")
         finally:
             partial.descriptor.close()
 
     async def discard(self, partial: Partial) -> None:
-        """Give up a partly received file."""
+        """Give up a partly received file; works in a cancelled scope as well, and never raises."""
         partial.descriptor.close()
+        wanted = Wanted()
 
         def call() -> None:
+            wanted.require(partial.path)
             with suppress(FileNotFoundError):
                 partial.path.unlink()
 
-        with suppress(SectorFSError):  # a leftover is cleared at the next start
-            await self.lane.finish(call, what=f"discard copy of {partial.file}")
+        with trio.move_on_after(DISCARD_SECONDS, shield=True), wanted:
+            try:
+                await self.lane.run(call, what=f"discard copy of {partial.file}")
+            except SectorFSError as exc:
+                log.debug("%s stays until the next start: %s", partial.path, exc)
 
     async def is_received(self, file: SectorFile, facts: Facts) -> bool:
         """True when files of a sector directory were received that make it whole.
@@ -178,28 +215,32 @@ class Copies:
 
     async def complete(self, file: SectorFile, facts: Facts) -> None:
         """Put a received sector directory into place, instead of an older content if any."""
+        wanted = Wanted()
 
         def call() -> None:
             folder, target = self._fetching(file), self._final(file)
-            wanted = {member.name for member in facts.members or ()}
+            names = {member.name for member in facts.members or ()}
             for name in os.listdir(folder):
-                if name not in wanted:
+                if name not in names:
+                    wanted.require(folder)
                     (folder / name).unlink()
             for member in facts.members or ():
                 found = self._whole_member(file, member)
                 if found is None:
                     raise SourceFailed(f"lacks {member.name}", file)
                 if found.parent != folder:
+                    wanted.require(folder)
                     (folder / member.name).unlink(missing_ok=True)
                     os.link(found, folder / member.name)
             os.utime(folder, ns=(facts.mtime_ns, facts.mtime_ns))
             _sync(folder)
-            _replace_directory(folder, target)
+            _replace_directory(folder, target, wanted)
             os.utime(target, ns=(facts.mtime_ns, facts.mtime_ns))
             _sync(target.parent)
             _sync(folder.parent)
 
-        await self.lane.finish(call, what=f"complete copy of {file}")
+        with wanted:
+            await self.lane.finish(call, what=f"complete copy of {file}")
 
     async def exists(self, file: SectorFile) -> bool:
         """True when something lies at the copy's final name."""
@@ -259,12 +300,16 @@ class Copies:
         )
 
     def _begin(
-        self, file: SectorFile, member: str | None, size: int, archive: bool = False
+        self, file: SectorFile, member: str | None, size: int, archive: bool, wanted: Wanted
     ) -> Partial:
-        if not (self.root / "sectorstore.json").exists():
+        try:
+            check_identity(str(self.root), self.storage)
+        except PathLost as exc:
             raise StorageUnavailable(
-                "the cache path is gone", self.root, "restart the node to make it again"
-            )
+                f"the cache path is gone: {exc.what}",
+                self.root,
+                "restart the node to make it again",
+            ) from exc
         room = os.statvfs(self.root)
         free = room.f_bavail * room.f_frsize
         if size + ROOM_LEFT > free:
@@ -276,16 +321,19 @@ class Copies:
             folder.parent.mkdir(parents=True, exist_ok=True)
             path = folder
             if path.is_dir():
+                wanted.require(path)
                 shutil.rmtree(path)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / (f"{member}~tar.tmp" if archive else f"{member}.tmp")
+        wanted.require(path)
         with suppress(FileNotFoundError):
             path.unlink()
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         return Partial(file, member, path, self.lane.descriptor(os.open(path, flags, 0o644)))
 
     def _clear_leftovers(self) -> int:
+        check_identity(str(self.root), self.storage)
         removed = 0
         for file_type in file_types(ALL_TYPES):
             folder = self.root / file_type.dir_name / "fetching"
@@ -299,15 +347,17 @@ class Copies:
         return removed
 
 
-def _replace_directory(folder: Path, target: Path) -> None:
+def _replace_directory(folder: Path, target: Path, wanted: Wanted) -> None:
     """Rename a directory to a name under which an older content may lie.
 
     The older content's declaration was dropped before.
     """
     aside = folder.with_name(f"{folder.name}.old.tmp")
     shutil.rmtree(aside, ignore_errors=True)
+    wanted.require(folder)
     if target.exists():
         os.rename(target, aside)
+    wanted.require(folder)
     os.rename(folder, target)
     shutil.rmtree(aside, ignore_errors=True)
 
