@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import trio
 
 from sectorfs.config import MountConfig
 from sectorfs.errors import NoSource, NotFound
+from sectorfs.fuse.inodes import Row
 from sectorfs.fuse.operations import Mount, SectorOperations
 from sectorfs.index.protocol import Declaration, FsStat, StorageInfo, StorageStatus
 from sectorfs.stores.lanes import Descriptor, Lane
@@ -93,6 +94,24 @@ class DictCatalog:
 
     def sectors(self, file_type: FileType) -> tuple[SectorID, ...]:
         return tuple(sorted(file.sector for file in self.files if file.file_type is file_type))
+
+    def count(self, file_type: FileType) -> int:
+        return len(self.sectors(file_type))
+
+    def listed(
+        self, file_type: FileType, names: Sequence[SectorID], start: int, limit: int
+    ) -> list[Row | None]:
+        return [
+            self._row(SectorFile(file_type, sector)) for sector in names[start : start + limit]
+        ]
+
+    def _row(self, file: SectorFile) -> Row | None:
+        entry = self.entry(file)
+        if entry is None:
+            return None
+        facts = entry.facts or Facts(0, 0)
+        sector = file.sector
+        return sector.miner, sector.number, facts.size, facts.mtime_ns, entry.facts is not None
 
     def types(self) -> frozenset[FileType]:
         return frozenset(file.file_type for file in self.files)

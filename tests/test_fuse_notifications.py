@@ -165,7 +165,7 @@ def test_news_during_an_overflow_are_not_lost() -> None:
     sweep = fixture.notifications.take()
     assert sweep is not None
     next(iter(sweep))
-    fixture.inodes.forget(held, 1)
+    fixture.inodes.forget([(held, 1)])
     fixture.notifications.forget_name(sector_file("sealed/9"))
     list(sweep)
     assert fixture.taken() == [ForgetName(SEALED, b"s-t01000-9")]

@@ -159,12 +159,15 @@ class Handles:
         self._directories[handle] = listing
         return handle
 
-    def directory(self, handle: int) -> Listing:
-        """The snapshot behind a handle."""
+    def directory(self, handle: int, *, rewind: bool = False) -> Listing:
+        """The snapshot behind a handle, or a new one from which it is read from the start."""
         try:
-            return self._directories[handle]
+            listing = self._directories[handle]
         except KeyError:
             raise BadInput("no such directory handle", handle) from None
+        if rewind:
+            listing = self._directories[handle] = self._tree.listing(listing.directory)
+        return listing
 
     def release_directory(self, handle: int) -> None:
         """Forget a snapshot."""

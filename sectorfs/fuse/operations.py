@@ -22,9 +22,10 @@ from types import TracebackType
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 from sectorfs.fuse import kernel
+from sectorfs.fuse.inodes import InodeTable, PageReply
 
 # isort: split
-# The linker must have seen `kernel`'s extension before it sees pyfuse3.
+# The linker must have seen their extensions before it sees pyfuse3.
 import pyfuse3
 import trio
 
@@ -33,13 +34,14 @@ from sectorfs.errors import MountFailed, ReadOnly, SectorFSError
 from sectorfs.fuse import mounts, xattrs
 from sectorfs.fuse.handles import Handles, Invalidate, OnStale
 from sectorfs.fuse.interrupts import Interrupts
-from sectorfs.fuse.inodes import InodeTable
 from sectorfs.fuse.notifications import ForgetName, Notice, Notifications
 from sectorfs.fuse.tree import (
+    DOTS,
     NAME_MAX,
     NEGATIVE_FOR,
     Attributes,
     CatalogView,
+    Listing,
     Tree,
     space,
 )
@@ -56,6 +58,10 @@ MAX_TASKS = 4000
 """Requests answered at a time. 130 readers of one hung disk filled pyfuse3's own 99."""
 STOP_PATIENCE = 1.0
 """Seconds each of the four steps at the end of the mount may take: a stop has five in all."""
+MIN_PAGE_ROWS = 16
+"""Names that are asked of the catalog for one page, at least; more once pages prove to be big."""
+ROW_BYTES = 176
+"""Bytes a name takes in the kernel's buffer, about."""
 
 _BLOCK = 4096
 
@@ -140,6 +146,11 @@ class SectorOperations(pyfuse3.Operations):
         self.introduced = trio.Event()
         self.interrupts = Interrupts()
         self.inodes = InodeTable()
+        self.writes_pages = self.inodes.writes_pages(
+            PageReply(pyfuse3.readdir_reply, pyfuse3.ReaddirToken(), pyfuse3.EntryAttributes())
+        )
+        """Names of type directories go to the kernel a page at a time, not one by one."""
+        self._page_rows = MIN_PAGE_ROWS
         self.tree = Tree(catalog, self.inodes, types=config.types)
         self.notifications = Notifications(self.inodes, shown_types=self.tree.shown_types)
         invalidate: Invalidate = self.notifications.forget_name
@@ -169,8 +180,7 @@ class SectorOperations(pyfuse3.Operations):
     async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
         """Take look-ups back. Nobody waits for an answer, not even for an error."""
         try:
-            for number, count in inode_list:
-                self.inodes.forget(number, count)
+            self.inodes.forget(inode_list)
         except Exception:
             log.exception("forget failed")
 
@@ -203,13 +213,29 @@ class SectorOperations(pyfuse3.Operations):
         self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken
     ) -> None:
         """List names with attributes until the kernel's buffer is full."""
-        listing = self.handles.directory(fh)
-        for position, entry in self.tree.entries(listing, start_id):
+        listing = self.handles.directory(fh, rewind=start_id == 0)
+        in_pages = self.writes_pages and listing.file_type is not None
+        entries = (self.tree.dots if in_pages else self.tree.entries)(listing, start_id)
+        for position, entry in entries:
             attributes = self._entry(entry.attributes)
             if not pyfuse3.readdir_reply(token, entry.name.encode(), attributes, position):
-                break
+                return
             if entry.key is not None:
                 self.inodes.look_up(entry.key)
+        if in_pages:
+            self._write_page(listing, max(start_id, DOTS), token)
+
+    def _write_page(self, listing: Listing, position: int, token: pyfuse3.ReaddirToken) -> None:
+        """Write names until one is written: an empty reply would be the end of the listing."""
+        file_type = listing.file_type
+        assert file_type is not None
+        to = PageReply(pyfuse3.readdir_reply, token, self._entry(self.tree.pattern(file_type)))
+        while rows := self.tree.rows(listing, position, self._page_rows):
+            page = self.inodes.write_page(rows, file_type, position, to)
+            position += page.taken
+            if page.written or page.taken < len(rows):
+                self._page_rows = max(MIN_PAGE_ROWS, page.written + page.left // ROW_BYTES)
+                break
 
     @replies
     async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:

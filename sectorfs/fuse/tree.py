@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import msgspec
 
@@ -19,6 +19,7 @@ from sectorfs.fuse.inodes import (
     Content,
     InodeKey,
     InodeTable,
+    Row,
     number_type,
     type_number,
 )
@@ -40,6 +41,8 @@ CACHED_FOR = 300.0
 NEGATIVE_FOR = 1.0
 """Seconds the kernel may remember that a name does not exist."""
 NAME_MAX = 255
+DOTS = 2
+"""Names before all others in a listing: ``.`` and ``..``."""
 ALWAYS_SHOWN = frozenset({FileType.UNSEALED, FileType.SEALED, FileType.CACHE})
 
 _DIRECTORY_MODE = stat.S_IFDIR | 0o555
@@ -65,7 +68,15 @@ class CatalogView(Protocol):
         """One sector file, or None when nobody declares it."""
 
     def sectors(self, file_type: FileType) -> Sequence[SectorID]:
-        """Sectors with a file of this type, ascending."""
+        """Sectors with a file of this type, ascending; a snapshot that costs nothing to take."""
+
+    def count(self, file_type: FileType) -> int:
+        """How many sectors have a file of this type."""
+
+    def listed(
+        self, file_type: FileType, names: Sequence[SectorID], start: int, limit: int
+    ) -> list[Row | None]:
+        """What is known now of `limit` sectors of a snapshot; None for each that is gone."""
 
     def types(self) -> frozenset[FileType]:
         """Types that at least one sector file has."""
@@ -111,10 +122,15 @@ _Names = tuple[FileType, ...] | Sequence[SectorID] | tuple[MemberFacts, ...]
 
 
 class Listing(msgspec.Struct, frozen=True):
-    """The names of a directory as they were when it was opened."""
+    """The names of a directory as they were when reading it began."""
 
     directory: int
     names: _Names
+
+    @property
+    def file_type(self) -> FileType | None:
+        """The type, when it is a type's directory."""
+        return number_type(self.directory)
 
 
 class Tree:
@@ -222,18 +238,36 @@ class Tree:
     def entries(self, listing: Listing, start: int = 0) -> Iterator[tuple[int, DirectoryEntry]]:
         """Names from position `start` on, each with the position after it.
 
-        Positions 1 and 2 are ``.`` and ``..``. A name that vanished since the snapshot is left
+        Positions 1 and 2 are the dots. A name that vanished since the snapshot is left
         out; the others show what is known now.
         """
-        if start < 1:
-            yield 1, _renamed(self._itself(listing.directory), ".")
-        if start < 2:
-            yield 2, _renamed(self._itself(self.parent(listing.directory)), "..")
+        yield from self.dots(listing, start)
         names = listing.names
-        for position in range(max(0, start - 2), len(names)):
+        for position in range(max(0, start - DOTS), len(names)):
             found = self._listed(listing.directory, names[position])
             if found is not None:
-                yield position + 3, found
+                yield position + DOTS + 1, found
+
+    def dots(self, listing: Listing, start: int = 0) -> Iterator[tuple[int, DirectoryEntry]]:
+        """The first names of every listing, as `entries` has them."""
+        if start < 1:
+            yield 1, _renamed(self._itself(listing.directory), ".")
+        if start < DOTS:
+            yield DOTS, _renamed(self._itself(self.parent(listing.directory)), "..")
+
+    def rows(self, listing: Listing, start: int, limit: int) -> list[Row | None]:
+        """Names of a type's directory from position `start` on, after the dots, in bulk."""
+        file_type, names = listing.file_type, listing.names
+        assert file_type is not None
+        return self._catalog.listed(
+            file_type, cast("Sequence[SectorID]", names), start - DOTS, limit
+        )
+
+    def pattern(self, file_type: FileType) -> Attributes:
+        """What the names of a type's directory have in common."""
+        if file_type.is_directory:
+            return Attributes(0, _DIRECTORY_MODE, 2, 0, 0)
+        return Attributes(0, _FILE_MODE, 1, 0, 0)
 
     def _named(self, parent: int, name: str) -> DirectoryEntry | None:
         if parent == ROOT:
@@ -282,7 +316,7 @@ class Tree:
 
     def _type_directory(self, file_type: FileType) -> Attributes:
         changed = self._catalog.names_changed_ns(file_type)
-        sub = len(self._catalog.sectors(file_type)) if file_type.is_directory else 0
+        sub = self._catalog.count(file_type) if file_type.is_directory else 0
         return Attributes(type_number(file_type), _DIRECTORY_MODE, 2 + sub, 0, changed)
 
     def _attributes(self, number: int, key: InodeKey) -> Attributes:
