@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -33,26 +35,22 @@ async def run_node(
 ) -> None:
     """Run a node until SIGTERM, SIGINT, or until its mount is unmounted."""
     resort = LastResort(lambda: _release(repo, mountpoint))
-    try:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(_stop_on_signal, nursery.cancel_scope, resort)
-            async with open_node(repo, config, mountpoint) as node:
-                ended = trio.Event()
-                async with trio.open_nursery() as serving:
-                    if node.mount is not None:
-                        serving.start_soon(_serve_mount, node.mount, ended)
-                        await _wait_answer(node.mount.path)
-                    repo.write_api(node.api)
-                    try:
-                        log.info("node %s is ready", node.api)
-                        if ready is not None:
-                            ready()
-                        await ended.wait()
-                    finally:
-                        repo.remove_api()
-            nursery.cancel_scope.cancel()
-    finally:
-        resort.call_off()
+    scope = trio.CancelScope()
+    with resort.listening(partial(_tell, trio.lowlevel.current_trio_token(), scope)), scope:
+        async with open_node(repo, config, mountpoint) as node:
+            ended = trio.Event()
+            async with trio.open_nursery() as serving:
+                if node.mount is not None:
+                    serving.start_soon(_serve_mount, node.mount, ended)
+                    await _wait_answer(node.mount.path)
+                repo.write_api(node.api)
+                try:
+                    log.info("node %s is ready", node.api)
+                    if ready is not None:
+                        ready()
+                    await ended.wait()
+                finally:
+                    repo.remove_api()
 
 
 async def _serve_mount(mount: Mount, ended: trio.Event) -> None:
@@ -67,18 +65,15 @@ async def _wait_answer(mountpoint: str) -> None:
     await lane.run(lambda: os.stat(mountpoint), what="first look at the mount")
 
 
-async def _stop_on_signal(
-    scope: trio.CancelScope,
-    resort: LastResort,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        task_status.started()
-        async for number in signals:
-            log.info("%s: stopping", signal.Signals(number).name)
-            resort.arm()
-            scope.cancel()
-            return
+def _tell(token: trio.lowlevel.TrioToken, scope: trio.CancelScope, number: signal.Signals) -> None:
+    """In a thread: have the loop stop, if it still runs."""
+
+    def stop() -> None:
+        log.info("%s: stopping", number.name)
+        scope.cancel()
+
+    with suppress(trio.RunFinishedError):
+        token.run_sync_soon(stop)
 
 
 def _release(repo: Repo, mountpoint: Path | None) -> None:
