@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,24 @@ def test_the_failure_of_a_command_tells_its_last_line() -> None:
     assert "\n" not in text
 
 
+# --- promises ---
+
+
+@pytest.mark.parametrize(
+    ("promise", "missed"), [(None, False), (1.99, False), (2.0, False), (2.01, True)]
+)
+def test_a_promise_is_kept_by_the_median_ratio(promise: float | None, missed: bool) -> None:
+    script = Script([9.0, 1.0, 2.0, 4.0], [1.0, 1.0, 1.0, 1.0])
+    row = measure(script.work, replace(script.peer, at_least=promise), script, pairs=3)
+    assert (row.at_least, row.missed) == (promise, missed)
+
+
+def test_a_promise_without_figures_is_not_kept() -> None:
+    script = Script([1.0], [])
+    peer = replace(failing(LeftOut("not installed")), at_least=0.5)
+    assert measure(script.work, peer, script, pairs=3).missed
+
+
 # --- selection ---
 
 
@@ -186,12 +205,48 @@ def test_rows_are_selected_by_work_and_peer(words: list[str], expected: list[str
     assert [f"{work.name} {peer.name}" for work, peer in chosen] == expected
 
 
+@pytest.mark.parametrize(
+    ("only", "words", "expected"),
+    [
+        (["open"], [], ["open sshfs"]),
+        (["fetch"], ["ssh"], ["fetch sshfs"]),
+        (["fet"], [], []),
+        (["fetch", "open"], ["curl"], ["fetch curl"]),
+    ],
+)
+def test_rows_are_selected_by_the_whole_name_of_the_work(
+    only: list[str], words: list[str], expected: list[str]
+) -> None:
+    chosen = select(two_works(), words, only=only)
+    assert [f"{work.name} {peer.name}" for work, peer in chosen] == expected
+
+
 def test_every_row_has_a_name_of_its_own() -> None:
     names = [(work.name, peer.name) for work, peer in select(works.WORKS, [])]
     assert len(set(names)) == len(names)
     assert {work.name for work in works.WORKS} >= {
-        *("read-first", "read-again", "random-1", "random-16", "open", "ls-first", "ls-again"),
-        *("fetch", "fr32-pad", "commp"),
+        *("read-first", "read-again", "random-1", "random-16", "open-1", "ls-first", "fetch"),
+        *("fr32-pad", "commp"),
+    }
+
+
+def test_what_is_promised_of_local_files_is_measured() -> None:
+    promised = {
+        (work.name, peer.name): peer.at_least
+        for work, peer in select(works.WORKS, [])
+        if peer.at_least is not None
+    }
+    assert promised == {
+        ("read-first", "bare files"): 0.95,
+        ("read-first-daemon", "mergerfs (cache.files=auto-full)"): 1.0,
+        ("random-1", "bare files"): 0.85,
+        ("random-16", "bare files"): 0.85,
+        ("faults", "bare files"): 0.85,
+        ("proof", "bare files"): 0.8,
+        ("open-1", "mergerfs"): 1.0,
+        ("open-4", "mergerfs"): 0.5,
+        ("ls-first", "mergerfs"): 8.0,
+        ("names-again", "mergerfs (cache.readdir)"): 0.8,
     }
 
 
@@ -224,6 +279,8 @@ def sample_report() -> report.Report:
         machine=quiet(),
         rows=[
             measured,
+            replace(measured, at_least=2.0),
+            replace(measured, at_least=2.5),
             measure(broken.work, failing(OSError("a | b")), broken, pairs=1),
             measure(broken.work, failing(LeftOut("not here")), Script([1.0], []), pairs=1),
         ],
@@ -237,9 +294,10 @@ def test_json_comes_back_as_it_went() -> None:
 
 def test_json_has_the_figures_and_the_reasons() -> None:
     data = json.loads(report.encode(sample_report()))
-    first, failed, left_out = data["rows"]
+    first, _, promised, failed, left_out = data["rows"]
     assert first["pairs"] == [[1000, 500], [1100, 500], [1200, 400]]
     assert first["ratio_spread"]["median"] == 2.2
+    assert promised["at_least"] == 2.5
     assert (failed["state"], failed["pairs"], failed["ratio_spread"]) == ("failed", [], None)
     assert left_out["state"] == "left out"
     assert data["machine"]["cores"] == 2
@@ -252,18 +310,25 @@ def test_only_failures_count_as_failed() -> None:
 
 def test_the_table() -> None:
     lines = report.markdown(sample_report()).splitlines()
-    assert lines[:5] == [
-        "| work | sectorfs | peer | ratio |",
-        "| --- | --- | --- | --- |",
-        "| a work | 1 100 MB/s (1 050–1 150) | B: 500 MB/s (450–500) | **2.20** (2.10–2.60) |",
-        "| a work | – | B | failed: OSError: a \\| b |",
-        "| a work | – | B | left out: not here |",
+    figures = "| a work | 1 100 MB/s (1 050–1 150) | B: 500 MB/s (450–500) | **2.20** (2.10–2.60) |"
+    assert lines[:7] == [
+        "| work | sectorfs | peer | ratio | promised |",
+        "| --- | --- | --- | --- | --- |",
+        f"{figures}  |",
+        f"{figures} 2: met |",
+        f"{figures} 2.5: **missed** |",
+        "| a work | – | B | failed: OSError: a \\| b |  |",
+        "| a work | – | B | left out: not here |  |",
     ]
-    text = "\n".join(lines[5:])
+    text = "\n".join(lines[7:])
     assert "of 3 pairs" in text
     assert "2 cores (Z80), 24 GiB, Linux 6.18" in text
     assert "sectorfs 0.1.0, fio 3.33" in text
     assert "Doubtful" not in text
+
+
+def test_what_was_promised_and_missed_is_named() -> None:
+    assert [row.at_least for row in sample_report().missed] == [2.5]
 
 
 def test_the_table_of_a_busy_machine_says_so() -> None:
@@ -375,6 +440,69 @@ def test_a_stage_that_fails_once_fails_the_same_way_again(tmp_path: Path) -> Non
             with pytest.raises(LeftOut):
                 stage._once("thing", make)
     assert len(calls) == 1
+
+
+# --- the load ---
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., float]]:
+    """The program that makes load, on paths for a moment."""
+    with Stage(tmp_path_factory.mktemp("load"), links=1) as stage:
+        program = stage.load
+
+        def call(work: str, threads: int, *paths: Path) -> float:
+            names = "".join(f"{path}\n" for path in paths)
+            return float(processes.said(program, work, str(threads), "0.05", given=names))
+
+        yield call
+
+
+@pytest.mark.parametrize("work", ["pread", "fault", "open"])
+@pytest.mark.parametrize("threads", [1, 5])
+def test_load_on_files(tmp_path: Path, load: Callable[..., float], work: str, threads: int) -> None:
+    paths = [tmp_path / str(number) for number in range(3)]
+    for path in paths:
+        path.write_bytes(bytes(1 << 17))
+    assert load(work, threads, *paths) > 0
+
+
+def test_load_counts_the_names_of_a_directory(tmp_path: Path, load: Callable[..., float]) -> None:
+    few, many = tmp_path / "few", tmp_path / "many"
+    for folder, count in ((few, 1), (many, 3000)):
+        folder.mkdir()
+        for number in range(count):
+            (folder / str(number)).touch()
+    assert load("list", 1, many) > 0
+    # The names of 3 and of 3002 entries: some passes over each.
+    assert load("list", 2, few, many) > 0
+
+
+@pytest.mark.parametrize(
+    ("work", "content", "said"),
+    [
+        ("pread", None, "No such file"),
+        ("pread", b"short", "size of"),
+        ("open", b"short", "read"),
+        ("fault", bytes(4096), "too small"),
+        ("list", b"a file", "Not a directory"),
+        ("nonsense", b"", "usage"),
+    ],
+)
+def test_load_that_cannot_be_made_fails(
+    tmp_path: Path, load: Callable[..., float], work: str, content: bytes | None, said: str
+) -> None:
+    path = tmp_path / "file"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        load(work, 1, path)
+    assert said in caught.value.stderr
+
+
+def test_load_on_nothing_fails(load: Callable[..., float]) -> None:
+    with pytest.raises(subprocess.CalledProcessError):
+        load("open", 1)
 
 
 # --- leftovers ---
@@ -553,6 +681,6 @@ def test_every_row_is_measured_or_left_out(
     rows = report.decode((tmp_path / "out.json").read_bytes()).rows
     assert [(row.title, row.reason) for row in rows if row.state == "failed"] == []
     assert len(rows) == len(select(works.WORKS, []))
-    assert any(row.state == "measured" for row in rows if row.work == "open")
+    assert any(row.state == "measured" for row in rows if row.work == "open-1")
     assert done.returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]

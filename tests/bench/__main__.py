@@ -30,13 +30,14 @@ JSON = Path(__file__).parent.parent.parent / "build" / "bench.json"
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 when every row was measured or left out, 1 when one failed, 2 for bad use."""
     options = _parse(arguments)
-    rows = select(WORKS, options.k)
+    rows = select(WORKS, options.k, only=options.only)
     if not rows:
-        print(f"no row's name contains {' or '.join(options.k)}; --list shows all", file=sys.stderr)
+        words = " or ".join([*options.only, *options.k])
+        print(f"no row's name contains {words}; --list shows all", file=sys.stderr)
         return 2
     if options.list:
         for work, peer in rows:
-            print(f"{work.name:12} {peer.name:16} {work.title}")
+            print(f"{work.name:18} {peer.name:24} {work.title}")
         return 0
     problem = _problem(options.dir)
     if problem:
@@ -47,6 +48,8 @@ def main(arguments: Sequence[str]) -> int:
     report = _run(rows, options.dir, options.pairs)
     print(reports.markdown(report), end="")
     reports.write(report, options.json)
+    for row in report.missed:
+        print(f"less than promised: {row.title}, beside {row.peer}", file=sys.stderr)
     print(f"written: {options.json}", file=sys.stderr)
     return 1 if report.failed else 0
 
@@ -61,6 +64,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         default=[],
         metavar="WORD",
         help="only rows whose work or peer contains the word; may be given again",
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only the work of this name; may be given again",
     )
     parser.add_argument("--list", action="store_true", help="show the rows and measure nothing")
     parser.add_argument(

@@ -34,11 +34,9 @@ def seconds(*command: str | Path, output: Path | None = None) -> float:
         return time.perf_counter() - start
 
 
-def said(*command: str | Path) -> str:
-    """What a command prints that must succeed."""
-    return subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
-    ).stdout
+def said(*command: str | Path, given: str = "") -> str:
+    """What a command prints that must succeed; `given` is its input."""
+    return subprocess.run(command, input=given, capture_output=True, text=True, check=True).stdout
 
 
 @contextmanager

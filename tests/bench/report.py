@@ -10,7 +10,7 @@ import msgspec
 from tests.bench.machine import Machine
 from tests.bench.runner import Row, Spread
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class Report:
     def failed(self) -> list[Row]:
         """Rows that went wrong; those left out did not."""
         return [row for row in self.rows if row.state == "failed"]
+
+    @property
+    def missed(self) -> list[Row]:
+        """Rows that reached less than is promised."""
+        return [row for row in self.rows if row.missed]
 
 
 def encode(report: Report) -> bytes:
@@ -49,8 +54,8 @@ def write(report: Report, path: Path) -> None:
 def markdown(report: Report) -> str:
     """The table, with the machine below it."""
     lines = [
-        "| work | sectorfs | peer | ratio |",
-        "| --- | --- | --- | --- |",
+        "| work | sectorfs | peer | ratio | promised |",
+        "| --- | --- | --- | --- | --- |",
         *(_line(row) for row in report.rows),
         "",
         *_footer(report),
@@ -60,9 +65,17 @@ def markdown(report: Report) -> str:
 
 def _line(row: Row) -> str:
     if row.ours_spread is None or row.peer_spread is None or row.ratio_spread is None:
-        return f"| {row.title} | – | {row.peer} | {row.state}: {_cell(row.reason)} |"
+        reason = f"{row.state}: {_cell(row.reason)}"
+        return f"| {row.title} | – | {row.peer} | {reason} | {_promise(row)} |"
     ours, theirs = figure(row.ours_spread, row.unit), figure(row.peer_spread, row.unit)
-    return f"| {row.title} | {ours} | {row.peer}: {theirs} | {ratio(row.ratio_spread)} |"
+    figures = f"{ours} | {row.peer}: {theirs} | {ratio(row.ratio_spread)}"
+    return f"| {row.title} | {figures} | {_promise(row)} |"
+
+
+def _promise(row: Row) -> str:
+    if row.at_least is None:
+        return ""
+    return f"{row.at_least:g}: {'**missed**' if row.missed else 'met'}"
 
 
 def _cell(text: str) -> str:

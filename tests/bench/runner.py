@@ -43,6 +43,8 @@ class Side(Generic[S]):
     name: str
     sample: Callable[[S], float]
     """Prepares, measures once, and returns a rate: more is better."""
+    at_least: float | None = None
+    """Of a peer: what ours / theirs has to reach, where something is promised."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,15 @@ class Row:
     peer_spread: Spread | None = None
     ratio_spread: Spread | None = None
     """Of ours / theirs pair by pair: above 1 ours is faster."""
+    at_least: float | None = None
+    """What the median ratio has to reach, where something is promised."""
+
+    @property
+    def missed(self) -> bool:
+        """True where less was reached than promised, or nothing could be measured."""
+        if self.at_least is None:
+            return False
+        return self.ratio_spread is None or self.ratio_spread.median < self.at_least
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -126,6 +137,7 @@ def measure(work: Work[S], peer: Side[S], scene: S, *, pairs: int) -> Row:
         ours_spread=spread([ours for ours, _ in counted]) if counted else None,
         peer_spread=spread([theirs for _, theirs in counted]) if counted else None,
         ratio_spread=spread([ours / theirs for ours, theirs in counted]) if counted else None,
+        at_least=peer.at_least,
     )
 
 
@@ -162,11 +174,14 @@ def explain(exc: BaseException) -> str:
     return " ".join(text.split())
 
 
-def select(works: Sequence[Work[S]], words: Sequence[str]) -> list[tuple[Work[S], Side[S]]]:
-    """The rows to measure: where the work's or the peer's name contains a word; all without any."""
+def select(
+    works: Sequence[Work[S]], words: Sequence[str], *, only: Sequence[str] = ()
+) -> list[tuple[Work[S], Side[S]]]:
+    """The rows to measure: of these works, where the work's or the peer's name contains a word."""
     return [
         (work, peer)
         for work in works
         for peer in work.peers
+        if not only or work.name in only
         if not words or any(word in f"{work.name} {peer.name}" for word in words)
     ]

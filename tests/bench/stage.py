@@ -24,19 +24,33 @@ from tests.cluster_fixtures import free_port
 T = TypeVar("T")
 
 GIB = 1 << 30
-BIG = GIB
-"""Bytes of the file that is read and fetched whole."""
-LISTED = 20_000
+BIG = 2 * GIB
+"""Bytes of the file that is read here."""
+FETCHED = GIB
+"""Bytes of the file that is fetched whole."""
+LISTED = 100_000
 """Entries of the directory that is listed."""
-OPENED = 2_000
+OPENED = 5_000
 """Small files that are opened one after another."""
 SMALL = 8192
+PROOF = 2_000
+"""Files that are open at once."""
+PROOF_SIZE = 1 << 20
+"""Bytes of each: the least that the kernel reads without the daemon."""
 PAYLOAD = 127 << 20
 """Bytes that are padded and hashed."""
-NEEDED = 5 * GIB
-"""Free bytes the directory must have: the file, copies of it, and some air."""
-BIG_DIR, LISTED_DIR, OPENED_DIR = "update", "sealed", "unsealed"
-"""Type directories with the big files, the listed and the opened ones."""
+NEEDED = BIG + PROOF * PROOF_SIZE + 3 * FETCHED + GIB
+"""Free bytes the directory must have: the files, two copies of the fetched one, and some air."""
+BIG_DIR, LISTED_DIR, OPENED_DIR, PROOF_DIR = "update", "sealed", "unsealed", "piece"
+"""Type directories with the big files, the listed and the opened ones, and those open at once."""
+BIG_FILE = Path(BIG_DIR) / "s-t01000-0"
+LOAD = Path(__file__).with_name("load.c")
+MERGERFS = {
+    "mergerfs": "ro",
+    "mergerfs-files": "ro,cache.files=auto-full",
+    "mergerfs-readdir": "ro,cache.readdir=true",
+}
+"""Options of mergerfs by the name of the view."""
 
 
 class Stage:
@@ -47,7 +61,7 @@ class Stage:
         self._link_count = links
         self._stack = ExitStack()
         self._made: dict[str, object] = {}
-        self._links = itertools.count(1)
+        self._links = itertools.count(2)
 
     def __enter__(self) -> Stage:
         return self
@@ -91,13 +105,26 @@ class Stage:
         """The storage path with every file."""
         return self._once("disk", self._fill_disk)
 
+    @property
+    def load(self) -> Path:
+        """The program that makes load, built for this run."""
+        return self._once("load", self._build_load)
+
     def view(self, name: str) -> Path:
         """The tree of files: itself (``bare``), or through one of the file systems."""
         if name == "bare":
             return self.disk
         if name == "sectorfs":
             return self.holder.mountpoint
+        if name == "sectorfs-daemon":
+            return self._once("daemon", self._start_daemon).mountpoint
         return self._enter(name, lambda: self._union(name))
+
+    def _build_load(self) -> Path:
+        path = self.root / "load"
+        warnings = ("-Wall", "-Wextra", "-Wconversion", "-Werror")
+        processes.said(program("cc"), "-std=c11", "-O2", "-pthread", *warnings, "-o", path, LOAD)
+        return path
 
     @property
     def payload(self) -> Path:
@@ -115,20 +142,20 @@ class Stage:
 
     def _fill_disk(self) -> Path:
         disk = self.root / "disk"
-        for name in (BIG_DIR, LISTED_DIR, OPENED_DIR):
+        for name in (BIG_DIR, LISTED_DIR, OPENED_DIR, PROOF_DIR):
             (disk / name).mkdir(parents=True)
         for number in range(LISTED):
             with (disk / LISTED_DIR / f"s-t01000-{number}").open("wb") as file:
                 file.truncate(32 * GIB)
         for number in range(OPENED):
             (disk / OPENED_DIR / f"s-t01000-{number}").write_bytes(os.urandom(SMALL))
-        big = disk / BIG_DIR / "s-t01000-0"
-        source = random.Random(1)
-        with big.open("wb") as file:
-            for _ in range(BIG >> 20):
-                file.write(source.randbytes(1 << 20))
-        for number in range(1, self._link_count + 1):
-            (disk / BIG_DIR / f"s-t01000-{number}").hardlink_to(big)
+        for number in range(PROOF):
+            (disk / PROOF_DIR / f"s-t01000-{number}").write_bytes(os.urandom(PROOF_SIZE))
+        _write_noise(disk / BIG_FILE, BIG)
+        fetched = disk / BIG_DIR / "s-t01000-1"
+        _write_noise(fetched, FETCHED)
+        for number in range(2, self._link_count + 2):
+            (disk / BIG_DIR / f"s-t01000-{number}").hardlink_to(fetched)
         os.sync()  # nothing is written back in the middle of a measurement
         return disk
 
@@ -148,8 +175,27 @@ class Stage:
         self._wait_for_files(node)
         return node
 
+    def _start_daemon(self) -> Node:
+        """A node of its own over the big file alone, which never reads past its daemon."""
+        disk = self.root / "daemon-disk"
+        (disk / BIG_DIR).mkdir(parents=True)
+        (disk / BIG_FILE).hardlink_to(self.disk / BIG_FILE)
+        node = Node(self.root, "daemon")
+        self._stack.callback(node.end)
+        node.repo.create()
+        node.repo.config_toml.write_text('[mount]\npassthrough = "off"\n')
+        node.call("storage", "attach", str(disk), "--init", "--store")
+        node.start(mount=True)
+        until("the big file", (node.mountpoint / BIG_FILE).exists)
+        return node
+
     def _wait_for_files(self, node: Node) -> None:
-        wanted = {LISTED_DIR: LISTED, OPENED_DIR: OPENED, BIG_DIR: self._link_count + 1}
+        wanted = {
+            LISTED_DIR: LISTED,
+            OPENED_DIR: OPENED,
+            PROOF_DIR: PROOF,
+            BIG_DIR: self._link_count + 2,
+        }
 
         def complete() -> bool:
             try:
@@ -165,9 +211,10 @@ class Stage:
     # --- peers ---
 
     def _union(self, name: str) -> AbstractContextManager[Path]:
-        options = {"mergerfs": "cache.files=auto-full", "bindfs": "ro"}[name]
         at = self.root / name
-        return mounted(program(name), "-f", "-o", options, str(self.disk), str(at), at=at)
+        command = program("mergerfs" if name in MERGERFS else name)
+        options = MERGERFS.get(name, "ro")
+        return mounted(command, "-f", "-o", options, str(self.disk), str(at), at=at)
 
     @property
     def webdav(self) -> str:
@@ -232,3 +279,10 @@ class Stage:
             )
         )
         return port, folder
+
+
+def _write_noise(path: Path, size: int) -> None:
+    source = random.Random(1)
+    with path.open("wb") as file:
+        for _ in range(size >> 20):
+            file.write(source.randbytes(1 << 20))
