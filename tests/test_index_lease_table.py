@@ -10,11 +10,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from sectorfs.errors import BadInput, Refused
 from sectorfs.index import lease_table
 from sectorfs.index.lease_table import PLACE_SECONDS, LeaseTable
-from sectorfs.index.locks import conflict
-from sectorfs.index.protocol import Lease
+from sectorfs.index.locks import Taken
+from sectorfs.index.protocol import Lease, Lock
 from tests.index_fixtures import lease, sector
 
 S = 2
+
+
+def conflict(one: Lock, other: Lock) -> bool:
+    return Taken(one.read, one.write).excludes(other)
 
 
 def grant(table: LeaseTable, wanted: Lease, now: float = 0.0) -> bool:

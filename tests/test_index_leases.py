@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -15,6 +16,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from sectorfs.errors import BadInput, DiskFull, LeaseLost, Locked, Refused, Unreachable
 from sectorfs.index import checks, leases
+from sectorfs.index.lease_table import LeaseTable
 from sectorfs.index.leases import Held, Leases
 from sectorfs.index.lessor import Lessor
 from sectorfs.index.lock_rpc import lock_methods
@@ -231,6 +233,55 @@ async def test_a_cancelled_wait_leaves_nothing_behind(index: SectorIndex, asking
     assert await owners(index) == ["reader", "late"]
 
 
+async def test_the_time_is_minded_whoever_waits_first(
+    index: SectorIndex, asking: Ask, mock_clock: trio.testing.MockClock
+) -> None:
+    """The one who waits behind is blocked by what ends first, which came last."""
+    await index.lock(lease("long", write=S, seconds=600))
+    first = asking(A, 300)
+    await wait_all_tasks_blocked()
+    await index.lock(lease("short", read=C, seconds=20))
+    second = asking(lease("b", write=C), 300)
+    await wait_all_tasks_blocked()
+    mock_clock.jump(20)
+    await second.done.wait()
+    assert (first.granted, second.granted) == (None, True)
+
+
+async def test_the_time_is_minded_by_the_next_when_the_first_leaves(
+    index: SectorIndex, asking: Ask, mock_clock: trio.testing.MockClock
+) -> None:
+    await index.lock(lease("reader", read=S, seconds=60))
+    asked = []
+    for name in "xyz":
+        asked.append(asking(lease(name, write=S)))
+        await wait_all_tasks_blocked()
+    asked[0].scope.cancel()
+    await asked[0].done.wait()
+    await index.release(lease("y").token)
+    await asked[1].done.wait()
+    await wait_all_tasks_blocked()
+    mock_clock.jump(60)
+    await asked[2].done.wait()
+    assert asked[2].granted
+
+
+async def test_one_question_asked_twice_is_answered_twice(index: SectorIndex, asking: Ask) -> None:
+    await index.lock(A)
+    asked = [asking(B), asking(B)]
+    await wait_all_tasks_blocked()
+    asked[0].scope.cancel()
+    await asked[0].done.wait()
+    await wait_all_tasks_blocked()
+    again = asking(B)
+    await wait_all_tasks_blocked()
+    await index.release(A.token)
+    await asked[1].done.wait()
+    await again.done.wait()
+    assert (asked[1].granted, again.granted) == (True, True)
+    assert await owners(index) == ["b"]
+
+
 async def test_releasing_ends_a_wait(index: SectorIndex, asking: Ask) -> None:
     await index.lock(A)
     asked = asking(B)
@@ -435,6 +486,35 @@ async def test_closing_ends_waits(tmp_path: Path, mock_clock: trio.testing.MockC
             await wait_all_tasks_blocked()
         await asked.done.wait()
     assert isinstance(asked.failure, Unreachable)
+
+
+async def test_a_crowd_is_not_woken_for_every_one_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+    grant = LeaseTable.grant
+
+    def counted(*args: Any) -> bool:
+        nonlocal looks
+        looks += 1
+        return grant(*args)
+
+    async def record(granted: Lease | None, now_ns: int, ended: Sequence[str]) -> None:
+        await trio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(LeaseTable, "grant", counted)
+    lessor = Lessor(record, Clock())
+    await lessor.lock(A)
+
+    async def work(number: int) -> None:
+        wanted = lease(f"writer {number}", write=S)
+        assert await lessor.lock(wanted, wait=100)
+        await lessor.release(wanted.token)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(200):
+            nursery.start_soon(work, number)
+        await wait_all_tasks_blocked()
+        await lessor.release(A.token)
+    assert looks <= 5 * 200
 
 
 # For the length of a block

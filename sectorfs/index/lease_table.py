@@ -9,13 +9,12 @@ Invariants: a token is held or waits, never both; a sector without either is not
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import takewhile
+from collections.abc import Iterator
 
 import msgspec
 
 from sectorfs.errors import BadInput, Refused
-from sectorfs.index.locks import Counts, conflict
+from sectorfs.index.locks import Taken
 from sectorfs.index.protocol import Lease, LeaseStatus, Lock
 from sectorfs.types import SectorID
 
@@ -101,12 +100,8 @@ class LeaseTable:
         self._check_same(lease)
         if self.renew(lease.token, now):
             return True
-        if not Counts.of(_locks(sector)).allow(lease.lock):
+        if _taken(sector, before=lease.token).excludes(lease.lock):
             return False
-        if lease.token in sector.waiting:
-            before = takewhile(lambda token: token != lease.token, sector.waiting)
-            if any(conflict(sector.waiting[token].lease.lock, lease.lock) for token in before):
-                return False
         if len(self._where) - self._waiting >= MAX_LEASES:
             self._look_everywhere(now)
             if len(self._where) - self._waiting >= MAX_LEASES:
@@ -144,6 +139,22 @@ class LeaseTable:
     def knows(self, token: str) -> bool:
         """True while a token is held or has a place."""
         return token in self._where
+
+    def watchers(self, where: SectorID, now: float) -> list[str]:
+        """Who is to ask again now: those who would be granted, and `timekeeper`, first."""
+        sector = self._look(where, now)
+        taken = _taken(sector)
+        found = [token for token in (self.timekeeper(where),) if token is not None]
+        for token, place in sector.waiting.items():
+            if place.asking and not taken.excludes(place.lease.lock):
+                found.append(token)
+            taken.add(place.lease.lock)
+        return found
+
+    def timekeeper(self, where: SectorID) -> str | None:
+        """The first of those who ask: by `next_change`, for all of them."""
+        sector = self._sectors.get(where, _Sector())
+        return next((token for token, place in sector.waiting.items() if place.asking), None)
 
     def next_change(self, where: SectorID) -> float:
         """When, if nobody does anything, something of a sector ends by itself."""
@@ -199,8 +210,17 @@ class LeaseTable:
             raise BadInput("the token of another lease", lease.lock.sector, "choose one at random")
 
 
-def _locks(sector: _Sector) -> Iterable[Lock]:
-    return (held.lease.lock for held in sector.held.values())
+def _taken(sector: _Sector, *, before: str | None = None) -> Taken:
+    """What is held, and what is wanted from places before that of a token, if it has one."""
+    taken = Taken()
+    for held in sector.held.values():
+        taken.add(held.lease.lock)
+    if before in sector.waiting:
+        for token, place in sector.waiting.items():
+            if token == before:
+                break
+            taken.add(place.lease.lock)
+    return taken
 
 
 def _over(sector: _Sector, now: float) -> Iterator[str]:

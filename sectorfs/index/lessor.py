@@ -5,6 +5,9 @@ granting; the grant is recorded before it is told, so that a restart knows every
 was told of. Ending is the other way round: memory first, the record behind. A record that stays by
 accident costs others one lease's time after a restart, and never gives two holders one lock.
 
+Who waits is woken when it would be granted; the first of those who wait for a sector also minds the
+time, and is woken whenever what it must mind has changed.
+
 Cancelled while it waits, a request leaves its place; cancelled while its grant is being recorded,
 the lease ends at once.
 """
@@ -32,7 +35,7 @@ class Lessor:
         self._record = record
         self._clock_ns = clock_ns
         self._table = LeaseTable()
-        self._moved: dict[SectorID, trio.Event] = {}
+        self._asleep: dict[str, trio.Event] = {}
         self._closed = False
 
     def restore(self, leases: Iterable[tuple[Lease, int]]) -> None:
@@ -44,8 +47,8 @@ class Lessor:
     def close(self) -> None:
         """End every wait, with `Unreachable`."""
         self._closed = True
-        for where in list(self._moved):
-            self._wake(where)
+        for asleep in self._asleep.values():
+            asleep.set()
 
     async def lock(self, lease: Lease, *, wait: float = 0) -> bool:
         """Grant a lock, waiting up to `wait` seconds for others."""
@@ -78,7 +81,10 @@ class Lessor:
         return self._table.statuses(trio.current_time())
 
     def _grant(self, lease: Lease) -> bool:
-        return self._table.grant(lease, trio.current_time(), self._clock_ns())
+        granted = self._table.grant(lease, trio.current_time(), self._clock_ns())
+        if granted:
+            self._wake(lease.lock.sector)
+        return granted
 
     async def _wait(self, lease: Lease, seconds: float) -> bool:
         """Keep asking from a place in the order until granted or `seconds` have passed."""
@@ -91,6 +97,7 @@ class Lessor:
             return granted
         finally:
             self._table.leave(lease.token, trio.current_time(), keep=keep)
+            self._rouse(lease.token)  # the same may be asked a second time
             self._wake(lease.lock.sector)
 
     async def _ask_until(self, lease: Lease, until: float) -> bool:
@@ -98,10 +105,14 @@ class Lessor:
         while not self._grant(lease):
             if trio.current_time() >= until:
                 return False
-            # Taken right after the look: what moves from here on sets this very event.
-            moved = self._moved.setdefault(where, trio.Event())
-            with trio.move_on_at(min(until, self._table.next_change(where))):
-                await moved.wait()
+            # Taken right after the look: what changes from here on sets this very event.
+            asleep = self._asleep.setdefault(lease.token, trio.Event())
+            minds_time = self._table.timekeeper(where) == lease.token
+            alarm = self._table.next_change(where) if minds_time else until
+            with trio.move_on_at(min(until, alarm)) as sleep:
+                await asleep.wait()
+            if sleep.cancelled_caught and minds_time:
+                self._wake(where)
             if self._closed:
                 raise Unreachable("the Index is closed", where)
             if not self._table.knows(lease.token):
@@ -127,9 +138,14 @@ class Lessor:
     def _end(self, token: str) -> None:
         lock = self._table.end(token)
         if lock is not None:
+            self._rouse(token)
             self._wake(lock.sector)
 
     def _wake(self, where: SectorID) -> None:
-        moved = self._moved.pop(where, None)
-        if moved is not None:
-            moved.set()
+        for token in self._table.watchers(where, trio.current_time()):
+            self._rouse(token)
+
+    def _rouse(self, token: str) -> None:
+        asleep = self._asleep.pop(token, None)
+        if asleep is not None:
+            asleep.set()

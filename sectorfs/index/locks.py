@@ -15,8 +15,24 @@ from sectorfs.index.protocol import Lock
 from sectorfs.types import FileType
 
 
+class Taken(msgspec.Struct):
+    """The types of one sector that are read, and that are written, by some locks together."""
+
+    read: int = 0
+    write: int = 0
+
+    def add(self, lock: Lock) -> None:
+        """Take what one more lock takes."""
+        self.read |= lock.read
+        self.write |= lock.write
+
+    def excludes(self, wanted: Lock) -> bool:
+        """True when a lock may not be granted beside these."""
+        return bool(wanted.write & (self.read | self.write) or wanted.read & self.write)
+
+
 class Counts(msgspec.Struct, frozen=True):
-    """What is locked of one sector."""
+    """What is locked of one sector, as it is shown."""
 
     readers: tuple[int, ...]
     """Locks that read each type, by the type's bit position."""
@@ -33,17 +49,3 @@ class Counts(msgspec.Struct, frozen=True):
             for file_type in FileType:
                 readers[file_type.bit] += bool(lock.read & file_type)
         return cls(tuple(readers), write)
-
-    @property
-    def read(self) -> int:
-        """The mask of the types that are read."""
-        return sum(file_type for file_type in FileType if self.readers[file_type.bit])
-
-    def allow(self, wanted: Lock) -> bool:
-        """True when a lock may be granted beside all of these."""
-        return not (wanted.write & (self.read | self.write) or wanted.read & self.write)
-
-
-def conflict(one: Lock, other: Lock) -> bool:
-    """True when two locks of one sector exclude each other."""
-    return bool(one.write & (other.read | other.write) or one.read & other.write)

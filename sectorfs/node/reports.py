@@ -249,7 +249,7 @@ def _lock_report(sector: SectorID, statuses: Sequence[LeaseStatus]) -> LockRepor
     counts = Counts.of(status.lock for status in held)
     return LockReport(
         sector=sector.name,
-        read={one.dir_name: counts.readers[one.bit] for one in FileType if counts.read & one},
+        read={one.dir_name: counts.readers[one.bit] for one in FileType if counts.readers[one.bit]},
         write=_names(counts.write),
         leases=[_lease_report(status) for status in held],
         waiting=[_lease_report(status) for status in statuses if status.expires_in is None],
