@@ -10,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 
 from sectorfs.config import Config, TimeoutsConfig
 from sectorfs.errors import BadInput, NotFound, SourceFailed
 from sectorfs.index.placement import allows_type, space_needed
+from sectorfs.index.proof_shapes import PorepShape, to_cid
 from sectorfs.index.protocol import FsStat, HealthReport, SectorIndex, StorageInfo
 from sectorfs.index.rpc import index_methods
 from sectorfs.stores import holes, layout, rle, sources
@@ -484,6 +486,20 @@ async def test_22_declarations_are_flat_and_empty_lists_null(index: SectorIndex)
     await index.declare([held("a", SEALED), held("a", CACHE)])
     (flat,) = (await call("StorageList"))["a"]
     assert flat == {"Miner": 1000, "Number": 7, "SectorFileType": 6}
+
+
+def test_22_cids_are_objects_with_a_slash_and_bytes_base64() -> None:
+    body = {
+        "Sector": {"ID": {"Miner": 1000, "Number": 7}, "ProofType": 8},
+        "Sealed": {"/": "bagboea4b5abcabcabcabcabcabc"},
+        "Unsealed": {"/": "baga6ea4seaqabcabcabcabcabcabc"},
+        "Ticket": "AAEC/w==",
+        "Seed": None,
+    }
+    porep = msgspec.json.decode(json.dumps(body), type=PorepShape)
+    assert to_cid(porep.unsealed) == "baga6ea4seaqabcabcabcabcabcabc"
+    assert (porep.ticket, porep.seed) == (b"\x00\x01\x02\xff", None)
+    assert json.loads(msgspec.json.encode(porep)) == body
 
 
 async def test_23_a_combined_mask_gives_one_url_per_type(index: SectorIndex) -> None:
