@@ -6,6 +6,7 @@ import os
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from sectorfs.stores.turns import Turns
 from sectorfs.types import FileType, SectorFile, StorageID
 from sectorfs.wire import tokens
 from sectorfs.wire.client import Client
-from sectorfs.wire.server import Handler
+from sectorfs.wire.messages import Gone, Limits
+from sectorfs.wire.server import Handler, serve
 from tests.cluster_fixtures import mounted
 from tests.local_fixtures import (
     URL,
@@ -161,7 +163,7 @@ class Rig:
         return f"http://127.0.0.1:{await self.nursery.start(_serve, handler)}/remote"
 
 
-async def no_rpc(body: bytes, permissions: frozenset[str]) -> tuple[int, bytes]:
+async def no_rpc(body: bytes, permissions: frozenset[str], *, gone: Gone) -> tuple[int, bytes]:
     """For nodes that are asked for files only."""
     return 404, b""
 
@@ -186,6 +188,45 @@ async def rig(root: Path, *names: str, **changes: Any) -> AsyncIterator[Rig]:
             await found.add(name)
         yield found
         found.store.close()
+        nursery.cancel_scope.cancel()
+
+
+async def beat(parts: Rig) -> None:
+    """Have every path told to the Index as it is."""
+    for path in parts.store.paths():
+        stat = await parts.store.stat(path.storage)
+        await parts.index.report_health(path.storage, HealthReport(stat=stat))
+
+
+@asynccontextmanager
+async def two_nodes(root: Path) -> AsyncIterator[tuple[Rig, Rig]]:
+    """Two sets of stores on one Index, each of which serves its paths."""
+    listeners = [await trio.open_tcp_listeners(0, host="127.0.0.1") for _ in range(2)]
+    ours, theirs = (
+        f"http://127.0.0.1:{listener[0].socket.getsockname()[1]}/remote" for listener in listeners
+    )
+    async with (
+        switched_index(root) as index,
+        Client(TimeoutsConfig(), token=tokens.sign(SECRET, ("read", "admin"))) as client,
+        trio.open_nursery() as nursery,
+    ):
+        here = Rig(root, index, client, nursery, urls=(ours,))
+        away = Rig(root, index, client, nursery, urls=(theirs,))
+        await away.add("theirs")
+        await here.add("mine")
+        for one, listener in ((here, listeners[0]), (away, listeners[1])):
+            await beat(one)
+            handler = make_handler(
+                one.store,
+                secret=SECRET,
+                rpc=no_rpc,
+                health=dict,
+                status=str,
+                deadline=5,
+                remover=one.remover,
+            )
+            await nursery.start(partial(serve, handler, listener, limits=Limits()))
+        yield here, away
         nursery.cancel_scope.cancel()
 
 

@@ -4,43 +4,28 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 
-from sectorfs.config import TimeoutsConfig
 from sectorfs.errors import BadInput, DiskFull, NoSource, NotFound
 from sectorfs.index.protocol import HealthReport
-from sectorfs.server.routes import make_handler
 from sectorfs.types import FileType, SectorFile
-from sectorfs.wire import tokens
-from sectorfs.wire.client import Client
-from sectorfs.wire.messages import Limits
-from sectorfs.wire.server import serve
-from tests.local_fixtures import switched_index
 from tests.moving_fixtures import (
     CACHE,
     SEALED,
-    SECRET,
     UNSEALED,
     Rig,
+    beat,
     content,
-    no_rpc,
     rig,
     there,
+    two_nodes,
 )
 
 SIZE = 2048
 BOTH = int(FileType.SEALED | FileType.UNSEALED)
-
-
-async def beat(parts: Rig) -> None:
-    """Have every path told to the Index as it is."""
-    for path in parts.store.paths():
-        stat = await parts.store.stat(path.storage)
-        await parts.index.report_health(path.storage, HealthReport(stat=stat))
 
 
 async def test_what_is_here_is_found_and_what_is_not_is_an_empty_slot(tmp_path: Path) -> None:
@@ -220,35 +205,3 @@ async def test_what_another_node_has_is_fetched(
             assert await here.holders(file) == {"mine": True}
             assert not there(source)
         assert here.litter() == []
-
-
-@asynccontextmanager
-async def two_nodes(root: Path) -> AsyncIterator[tuple[Rig, Rig]]:
-    """Two sets of stores on one Index, each of which serves its paths."""
-    listeners = [await trio.open_tcp_listeners(0, host="127.0.0.1") for _ in range(2)]
-    ours, theirs = (
-        f"http://127.0.0.1:{listener[0].socket.getsockname()[1]}/remote" for listener in listeners
-    )
-    async with (
-        switched_index(root) as index,
-        Client(TimeoutsConfig(), token=tokens.sign(SECRET, ("read", "admin"))) as client,
-        trio.open_nursery() as nursery,
-    ):
-        here = Rig(root, index, client, nursery, urls=(ours,))
-        away = Rig(root, index, client, nursery, urls=(theirs,))
-        await away.add("theirs")
-        await here.add("mine")
-        for one, listener in ((here, listeners[0]), (away, listeners[1])):
-            await beat(one)
-            handler = make_handler(
-                one.store,
-                secret=SECRET,
-                rpc=no_rpc,
-                health=dict,
-                status=str,
-                deadline=5,
-                remover=one.remover,
-            )
-            await nursery.start(partial(serve, handler, listener, limits=Limits()))
-        yield here, away
-        nursery.cancel_scope.cancel()

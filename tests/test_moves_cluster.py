@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from sectorfs.cli.drain import drain_storage
-from sectorfs.types import Facts, StorageID
+from sectorfs.types import Facts, SectorFile, StorageID
 from sectorfs.wire import tokens
 from tests.cluster import Node, cluster, run, until
 from tests.cluster_fixtures import (
@@ -292,6 +292,39 @@ def test_delete_of_what_is_no_sector_file(pair: Pair) -> None:
         assert delete(pair.first, path) in (400, 404)
     assert delete(pair.first, f"stat/{pair.ids[0]}") == 405
     assert delete(pair.first, "cache/s-t01000-1/files") == 405
+
+
+# --- opposite moves ---
+
+
+def test_opposite_moves_of_one_file_leave_one_copy_and_wait_for_nobody(pair: Pair) -> None:
+    for number in range(10):
+        name = f"{'sealed' if number % 2 else 'cache'}/s-t06000-{number}"
+        for disk in range(2):
+            pair.put(disk, name)
+        until(
+            "both", lambda name=name: len(locations(pair.first, name)) == 2 and pair.is_true(name)
+        )
+        file = sector_file(name)
+
+        def move(node: Node, to: int, file: SectorFile = file) -> Background:
+            source, target = StorageID(pair.ids[1 - to]), StorageID(pair.ids[to])
+            return Background(
+                lambda: _whatever(
+                    lambda: ask(
+                        node, lambda admin: admin.moves.move(file, to=target, source=source)
+                    )
+                )
+            )
+
+        started = time.monotonic()
+        both = [move(pair.first, 0), move(pair.second, 1)]
+        for one in both:
+            one.result(30)
+        assert time.monotonic() - started < 15
+        pair.settled(name)
+        assert len(locations(pair.first, name)) == 1, "neither of two opposite moves was done"
+    assert pair.litter() == []
 
 
 # --- shared paths ---

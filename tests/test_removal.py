@@ -68,7 +68,7 @@ async def test_one_of_two_primary_copies_may_go(tmp_path: Path) -> None:
     async with rig(tmp_path, "one", "two") as parts:
         await parts.put("one", SEALED)
         await parts.put("two", SEALED)
-        await parts.remover.remove(SEALED, keep=[parts.ids["two"]])
+        await parts.remover.remove_for(SEALED, keep=[parts.ids["two"]])
         assert await parts.holders(SEALED) == {"two": True}
         with pytest.raises(Refused):
             await parts.remover.remove(SEALED)
@@ -139,7 +139,7 @@ async def test_what_is_kept_stays_and_what_is_not_here_is_said(tmp_path: Path) -
         with pytest.raises(NotFound):
             await parts.remover.remove(SEALED)
         mine = await parts.put("one", SEALED)
-        assert await parts.remover.remove(SEALED, keep=[parts.ids["one"]]) == []
+        assert await parts.remover.remove_for(SEALED, keep=[parts.ids["one"]]) == []
         assert there(mine)
 
 
@@ -174,9 +174,9 @@ async def test_only_what_was_meant_goes(tmp_path: Path) -> None:
             Expected(found.st_size, found.st_mtime_ns + 1),
         ):
             with pytest.raises(Stale):
-                await parts.remover.remove(SEALED, expected=expected)
+                await parts.remover.remove_for(SEALED, expected=expected)
         assert await parts.holders(SEALED) == {"one": True}
-        await parts.remover.remove(SEALED, expected=Expected(found.st_size, found.st_mtime_ns))
+        await parts.remover.remove_for(SEALED, expected=Expected(found.st_size, found.st_mtime_ns))
         assert not there(mine)
 
 

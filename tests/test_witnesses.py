@@ -102,8 +102,8 @@ async def test_hidden_files_that_no_peer_was_told_of_stay(tmp_path: Path) -> Non
         seen = see(str(mine), CACHE, str(mine))
         facts = seen.facts(CACHE)
         with pytest.raises(Refused, match="notes of the operator"):
-            await parts.remover.remove(
-                CACHE, only=[parts.ids["one"]], expected=Expected(facts.size, facts.mtime_ns)
+            await parts.remover.remove_for(
+                CACHE, keep=[parts.ids["two"]], expected=Expected(facts.size, facts.mtime_ns)
             )
         assert (mine / "notes of the operator").read_text() == "keep me"
         assert (await parts.holders(CACHE))["one"] is True

@@ -1,7 +1,8 @@
 """``DELETE /remote/{type}/{sector}?keep=ID.ID``: take a sector file off this node's storage paths.
 
 ``keep`` names storages that stay untouched, as lotus and Curio send it: ids joined by dots, or
-nothing. The last healthy primary copy of the cluster stays as well (409), unless ``force=true``.
+nothing. The last healthy primary copy of the cluster stays as well (409), unless ``force=true``,
+and so does one that is being moved to this node.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Protocol
 
 from sectorfs.errors import BadInput, NotFound
 from sectorfs.stores.set_aside import Expected
-from sectorfs.stores.transfer import EXPECT_HEADER
+from sectorfs.stores.transfer import EXPECT_HEADER, MOVED_HEADER
 from sectorfs.types import (
     SectorFile,
     StorageID,
@@ -28,15 +29,16 @@ _EXPECTED = re.compile(r"([0-9]{1,19})-(-?[0-9]{1,19})", re.ASCII)
 class Removes(Protocol):
     """What the route needs of this node's `Remover`."""
 
-    async def remove(
+    async def remove_for(
         self,
         file: SectorFile,
         *,
         keep: Collection[StorageID],
         force: bool,
         expected: Expected | None,
+        moved_to: StorageID | None,
     ) -> list[StorageID]:
-        """See `Remover.remove`."""
+        """See `Remover.remove_for`."""
 
 
 class RemovalRoute:
@@ -48,8 +50,12 @@ class RemovalRoute:
     async def remove(self, request: Request) -> Reply:
         """200 once the file is gone from every path of this node that is not to be kept."""
         file = _file(request)
-        await self._remover.remove(
-            file, keep=_keep(request), force=_force(request), expected=_expected(request)
+        await self._remover.remove_for(
+            file,
+            keep=_keep(request),
+            force=_force(request),
+            expected=_expected(request),
+            moved_to=_moved_to(request),
         )
         return Reply(200)
 
@@ -88,3 +94,13 @@ def _expected(request: Request) -> Expected | None:
     if match is None:
         raise BadInput(f"{EXPECT_HEADER} must be <size>-<mtime in ns>", request.path)
     return Expected(int(match[1]), int(match[2]))
+
+
+def _moved_to(request: Request) -> StorageID | None:
+    text = request.headers.get(MOVED_HEADER)
+    if text is None:
+        return None
+    try:
+        return parse_storage_id(text)
+    except ValueError as exc:
+        raise BadInput(f"{MOVED_HEADER}: {exc}", request.path) from exc

@@ -83,30 +83,51 @@ class Remover:
         self,
         file: SectorFile,
         *,
-        keep: Collection[StorageID] = (),
         only: Collection[StorageID] | None = None,
         force: bool = False,
-        expected: Expected | None = None,
     ) -> list[StorageID]:
-        """Remove a file from the paths of this node but those in `keep` (or from those in `only`).
+        """Remove a file from the paths of this node, or from those in `only`.
 
         Returns the storages it was removed from. `NotFound` when no path here has it; `Refused`,
         unless by `force`, when no healthy primary copy would remain anywhere.
         """
         async with self._turns.of(file):
-            held = await self._held(file)
-            here = await self._here(file, held)
-            if not here:
-                raise NotFound("not on this node", file)
-            victims = [
-                path
-                for path in here
-                if path.storage not in keep and (only is None or path.storage in only)
-            ]
-            if victims and not force:
-                await self._witnesses.require(file, without=[path.storage for path in victims])
-            for path in victims:
-                await self._remove_at(path, file, force=force, expected=expected)
+            here = await self._here(file)
+            stays = {path.storage for path in here if only is not None and path.storage not in only}
+            return await self._remove(file, here, stays, force, None)
+
+    async def remove_for(
+        self,
+        file: SectorFile,
+        *,
+        keep: Collection[StorageID] = (),
+        force: bool = False,
+        expected: Expected | None = None,
+        moved_to: StorageID | None = None,
+    ) -> list[StorageID]:
+        """Remove a file from all paths of this node but those in `keep`, as another node asks.
+
+        Where that moved it to a storage, `moved_to` says so. Errors as `remove`; `Refused` also
+        rather than to wait for a move to this node, which may wait for the other one.
+        """
+        async with self._turns.asked(file, moved_to):
+            return await self._remove(file, await self._here(file), keep, force, expected)
+
+    async def _remove(
+        self,
+        file: SectorFile,
+        here: list[LocalPath],
+        keep: Collection[StorageID],
+        force: bool,
+        expected: Expected | None,
+    ) -> list[StorageID]:
+        if not here:
+            raise NotFound("not on this node", file)
+        victims = [path for path in here if path.storage not in keep]
+        if victims and not force:
+            await self._witnesses.require(file, without=[path.storage for path in victims])
+        for path in victims:
+            await self._remove_at(path, file, force=force, expected=expected)
         return [path.storage for path in victims]
 
     async def remove_copies(self, file: SectorFile) -> list[StorageID]:
@@ -115,7 +136,7 @@ class Remover:
             held = await self._held(file)
             copies = [
                 path
-                for path in await self._here(file, held)
+                for path in await self._here(file)
                 if path.storage in held and not held[path.storage].primary
             ]
             if not copies:
@@ -191,8 +212,9 @@ class Remover:
         declarations = await self._index.sector(file.sector)
         return {item.storage: item for item in declarations if item.file == file}
 
-    async def _here(self, file: SectorFile, held: dict[StorageID, Declaration]) -> list[LocalPath]:
+    async def _here(self, file: SectorFile) -> list[LocalPath]:
         """Paths of this node that declare a file, or have something under its name."""
+        held = await self._held(file)
         found = []
         for path in self._local.paths():
             if path.storage in held:

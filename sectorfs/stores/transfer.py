@@ -53,6 +53,9 @@ EXPECT_HEADER = "sectorfs-expect"
 """``<size>-<mtime in ns>`` in a request to remove a file: what is to be removed, and nothing else.
 Sent to our nodes and passed over by others."""
 
+MOVED_HEADER = "sectorfs-moved-to"
+"""The storage that a file was moved to, in a request to remove it where it was; likewise."""
+
 _REMOVE_SECONDS = 300.0
 _STAT_LIMIT = 64 * 1024
 _LISTING_LIMIT = 16 * 1024 * 1024
@@ -102,6 +105,14 @@ class Latency(msgspec.Struct, frozen=True):
         return Latency(self.seconds + weight * (seconds - self.seconds), now)
 
 
+class Told(msgspec.Struct, frozen=True):
+    """What a node tells of a sector file."""
+
+    facts: Facts
+    by_ours: bool
+    """By a node that runs this program: one of another drops nothing from this Index."""
+
+
 class PeerClient:
     """Asks other nodes for what they hold. Base URLs are as in the Index: ``http://h:p/remote``."""
 
@@ -124,16 +135,21 @@ class PeerClient:
 
     async def facts(self, base_url: str, file: SectorFile) -> Facts:
         """Size and time of a file, and of each file in a sector directory."""
+        return (await self.told(base_url, file)).facts
+
+    async def told(self, base_url: str, file: SectorFile) -> Told:
+        """`facts`, and whether it is a node of ours that tells them."""
         url = _file_url(base_url, file)
         if file.file_type.is_directory:
-            return await self._listing(_join(url, "files"))
+            return Told(await self._listing(_join(url, "files")), by_ours=True)
         async with self._ask("HEAD", url) as response:
             if response.status != 405:
                 await _expect(response, 200)
                 if response.length is None:
                     raise SourceFailed("HEAD gives no length", response.url)
-                return Facts(response.length, _mtime_ns(response))
-        return await self._facts_by_range(url)
+                facts = Facts(response.length, _mtime_ns(response))
+                return Told(facts, by_ours=MTIME_HEADER in response.headers)
+        return Told(await self._facts_by_range(url), by_ours=False)
 
     async def _facts_by_range(self, url: str) -> Facts:
         """For nodes without HEAD: the total stands in the answer to a range of one byte."""
@@ -233,19 +249,22 @@ class PeerClient:
         *,
         keep: Iterable[StorageID],
         expected: Facts | None = None,
+        moved_to: StorageID | None = None,
         force: bool = False,
     ) -> None:
         """Have a node remove a file from all its storages but those to keep.
 
         `NotFound` when it has none, `Refused` when the last primary copy would go without `force`,
-        or when there lies something else than `expected`.
+        when there lies something else than `expected`, or when it is itself moving the file.
         """
         query = f"keep={'.'.join(keep)}" + ("&force=true" if force else "")
         url = _file_url(base_url, file)
         url += ("&" if "?" in url else "?") + query
         headers: tuple[tuple[str, str], ...] = ()
         if expected is not None:
-            headers = ((EXPECT_HEADER, f"{expected.size}-{expected.mtime_ns}"),)
+            headers += ((EXPECT_HEADER, f"{expected.size}-{expected.mtime_ns}"),)
+        if moved_to is not None:
+            headers += ((MOVED_HEADER, moved_to),)
         async with self._client.request(
             "DELETE", url, headers, patience=_REMOVE_SECONDS
         ) as response:
