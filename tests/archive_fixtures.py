@@ -13,6 +13,7 @@ import trio
 from sectorfs.server.routes import make_handler
 from sectorfs.stores.protocol import LocalFiles
 from sectorfs.wire.client import Client
+from sectorfs.wire.messages import Gone
 from sectorfs.wire.tokens import Secret, sign
 from tests.tar_fixtures import stream, unterminated
 from tests.wire_fixtures import PATIENT, peer, read_request, running
@@ -80,7 +81,7 @@ class Served:
             return Answer(response.status, dict(response.headers), body)
 
 
-async def _no_rpc(body: bytes, permissions: frozenset[str]) -> tuple[int, bytes]:
+async def _no_rpc(body: bytes, permissions: frozenset[str], *, gone: Gone) -> tuple[int, bytes]:
     return 404, b""
 
 
@@ -99,11 +100,12 @@ async def served(files: LocalFiles, *, deadline: float = 5) -> AsyncIterator[Ser
 
 @dataclass
 class Foreign:
-    """A node of another program that holds one sector directory."""
+    """A node of another program that holds one sector file, a directory as a rule."""
 
     path: str
     """``/remote/cache/s-t01000-7``"""
     files: dict[str, bytes]
+    """Of a directory; for a regular file its content under the name ``""``."""
     kind: str = "curio"
     """``curio``, or ``lotus``: the first one, whose streams end with the last byte."""
     cut: int | None = None
@@ -112,6 +114,10 @@ class Foreign:
     """Whether the connection ends with the cut, or only the body."""
     stalls: bool = False
     """Whether it sends nothing more after the cut, and keeps the connection."""
+    gone: bool = False
+    """Whether the sector file was deleted."""
+    keeps: bool = False
+    """Whether it fails to delete what it is told to."""
     requests: list[str] = field(default_factory=list)
     """Method and target of each request."""
     sent: trio.Event = field(default_factory=trio.Event)
@@ -127,12 +133,32 @@ class Foreign:
         path, _, query = target.partition("?")
         if path.count("/") != 3:
             await stream.send_all(_answer(404, b"404 page not found\n", "text/plain"))
-        elif method != "GET":
+        elif method not in ("GET", "DELETE"):
             await stream.send_all(_answer(405))
-        elif path != self.path or (self.kind == "curio" and "\r\nrange:" in head.lower()):
+        elif path != self.path or self.gone or (method == "DELETE" and self.keeps):
+            await stream.send_all(_answer(500))
+        elif method == "DELETE":
+            self.gone = True
+            await stream.send_all(_answer(200))
+        elif "" in self.files:
+            await self._send_file(stream, head.lower())
+        elif self.kind == "curio" and "\r\nrange:" in head.lower():
             await stream.send_all(_answer(500))
         else:
             await self._send(stream, minimal="mincache" in query)
+
+    async def _send_file(self, out: trio.SocketStream, head: str) -> None:
+        data = self.files[""]
+        status, more = "200 OK", ""
+        if "\r\nrange: bytes=0-0\r\n" in head:
+            status, more = "206 Partial Content", f"Content-Range: bytes 0-0/{len(data)}\r\n"
+            data = data[:1]
+        await out.send_all(
+            f"HTTP/1.1 {status}\r\nContent-Type: application/octet-stream\r\n"
+            f"Last-Modified: Sun, 13 Sep 2020 12:26:40 GMT\r\n{more}"
+            f"Content-Length: {len(data)}\r\n\r\n".encode()
+            + data
+        )
 
     async def _send(self, out: trio.SocketStream, *, minimal: bool) -> None:
         files = self.files

@@ -11,6 +11,7 @@ import trio
 from sectorfs.errors import Refused, SectorFSError, StorageUnavailable
 from sectorfs.stores.incoming import Incoming
 from sectorfs.stores.lanes import Lane
+from sectorfs.types import SectorFile
 from tests.gates import Gate
 from tests.local_fixtures import until
 from tests.moving_fixtures import CACHE, MEMBERS, OWNER, SEALED, clone, rig, there
@@ -65,6 +66,28 @@ async def test_a_commit_given_up_never_shows_a_later_attempt(
         assert not there(final)
         writer.close()
         await second.discard()
+        assert parts.litter() == []
+
+
+@pytest.mark.parametrize("file", [SEALED, CACHE])
+async def test_a_commit_given_up_puts_nothing_into_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: SectorFile
+) -> None:
+    """Nobody discarded it, either: the disk hung for that as well."""
+    async with rig(tmp_path, "one") as parts:
+        (path,) = parts.store.paths()
+        incoming = Incoming(path, Lane(path.path, deadline=0.2), file, owner=OWNER)
+        await incoming.begin()
+        writer = await incoming.create("p_aux" if file == CACHE else "")
+        await incoming.end(writer, 0, 10**18)
+        writer.close()
+        gate = Gate(monkeypatch, "utime" if file == CACHE else "stat", lambda *_, **__: True)
+        with pytest.raises(StorageUnavailable):
+            await incoming.commit(10**18)
+        gate.opened.set()
+        await until(lambda: incoming._lane.busy == 0)
+        assert not there(parts.path("one") / str(file))
+        await incoming.discard()
         assert parts.litter() == []
 
 

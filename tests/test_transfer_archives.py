@@ -30,7 +30,7 @@ from sectorfs.index.feed import Feed
 from sectorfs.index.protocol import Declaration, FsStat, LocationKey, SectorIndex, StorageInfo
 from sectorfs.metrics import SOURCE_FAILURES
 from sectorfs.stores import archives, metadata
-from sectorfs.stores.archives import fetch_directory
+from sectorfs.stores.archives import CacheSink, fetch_directory
 from sectorfs.stores.copies import Copies
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.remote import RemoteStore
@@ -73,7 +73,13 @@ class Receiver:
     async def fetch(self, base: str, expected: Facts | None = None) -> Facts:
         steps: list[int] = []
         facts = await fetch_directory(
-            self.peers, self.copies, base, CACHE, expected=expected, progress=steps.append
+            self.peers,
+            CacheSink(self.copies, CACHE),
+            base,
+            CACHE,
+            expected=expected,
+            whole=False,
+            progress=steps.append,
         )
         assert steps == sorted(steps)
         assert facts.size == (steps[-1] if steps else 0)
@@ -144,7 +150,13 @@ async def test_a_large_file_is_written_as_it_comes(
     steps: list[int] = []
     async with foreign(Foreign(PATH, files)) as base, receiver(tmp_path) as it:
         await fetch_directory(
-            it.peers, it.copies, base, CACHE, expected=facts_of(files), progress=steps.append
+            it.peers,
+            CacheSink(it.copies, CACHE),
+            base,
+            CACHE,
+            expected=facts_of(files),
+            whole=False,
+            progress=steps.append,
         )
         assert it.received() == files
         assert len(steps) > 5

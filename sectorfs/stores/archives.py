@@ -1,61 +1,83 @@
-"""Receive a sector directory as a tar stream into the cache path: from nodes without listings.
+"""Receive a sector directory as a tar stream: from nodes without listings.
 
-Each file is committed as its last byte comes, like one that was fetched by itself; whoever fetches
-decides by the verdict at the end whether the directory is whole. What is *expected* (the facts that
-other nodes declared) bounds names and sizes to the byte. Without it the names of a sector directory
-and their caps do.
+Each file goes to a `Sink` as it comes, which puts it where it is to be: each is whole once its last
+byte came, and the verdict at the end says whether the directory is. What is *expected* (the facts
+that other nodes declared) bounds names and sizes to the byte. Without it the names of a sector
+directory and their caps do.
 
 The first lotus servers never mark the end of a stream, so that one that broke between two files
 looks like the whole. Such an end is believed only when every expected file came, or, where nothing
 is expected, when the files are at least those of a finalized directory: names are sent in ascending
 order and ``t_aux`` is the last, so nothing is missing before it.
+
+Curio sends only the files it knows and does not say what it left out, and after a move the source
+is deleted. So a directory that is to be *whole* is asked for with every file, and believed only to
+be so when it has what was expected, or exactly the files of a sector between two steps of sealing.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
-
-import trio
+from typing import Protocol
 
 from sectorfs.errors import SectorFSError, SourceFailed
 from sectorfs.metrics import FETCHED_BYTES, SOURCE_FAILURES
 from sectorfs.stores import layout
 from sectorfs.stores.copies import Copies, Partial
-from sectorfs.stores.tar_reader import MemberBegins, MemberData, MemberEnds, TarReader
+from sectorfs.stores.tar_reader import Ending, MemberBegins, MemberData, MemberEnds, TarReader
 from sectorfs.stores.transfer import PeerClient
+from sectorfs.stores.writing import SteadyWrites
 from sectorfs.types import Facts, MemberFacts, SectorFile
 
 _WRITE = 1 << 20
 """Bytes that one thread hop writes."""
 
 
+class Sink(Protocol):
+    """Where the files of a directory go, one after the other."""
+
+    async def begin(self, name: str, size: int) -> None:
+        """A file of so many bytes comes."""
+
+    async def write(self, data: memoryview, offset: int) -> None:
+        """Take its next bytes."""
+
+    async def end(self, size: int, mtime_ns: int) -> None:
+        """It is whole: keep it, with this time."""
+
+    async def give_up(self) -> None:
+        """It will never be whole; there may be none."""
+
+
 async def fetch_directory(
     peers: PeerClient,
-    copies: Copies,
+    sink: Sink,
     base_url: str,
     file: SectorFile,
     *,
     expected: Facts | None,
+    whole: bool,
     progress: Callable[[int], object],
 ) -> Facts:
     """Receive a directory's files; its facts, which are `expected` where that is given.
 
-    `SourceFailed` unless all of it came; the files that did come stay.
+    `SourceFailed` unless all of it came; the files that did come stay in the sink. `whole`: nothing
+    may be missing that the source has.
     """
     names = {member.name for member in expected.members or ()} if expected else None
-    minimal = names is not None and names <= layout.MINIMAL.keys()
+    minimal = not whole and names is not None and names <= layout.MINIMAL.keys()
     try:
         async with peers.archive(base_url, file, minimal=minimal) as response:
-            arriving = _Arriving(copies, file, expected, response.url, progress)
+            arriving = _Arriving(sink, expected, response.url, progress)
             try:
                 while (piece := await response.piece()) is not None:
                     await arriving.feed(piece)
-                return arriving.facts()
+                return arriving.facts(whole=whole)
             except BaseException:
-                with trio.CancelScope(shield=True):
-                    await arriving.give_up()
+                await sink.give_up()
                 raise
     except SectorFSError:
         SOURCE_FAILURES.inc()
@@ -63,18 +85,12 @@ async def fetch_directory(
 
 
 class _Arriving:
-    """One stream on its way to the disk."""
+    """One stream on its way to a sink."""
 
     def __init__(
-        self,
-        copies: Copies,
-        file: SectorFile,
-        expected: Facts | None,
-        url: str,
-        progress: Callable[[int], object],
+        self, sink: Sink, expected: Facts | None, url: str, progress: Callable[[int], object]
     ) -> None:
-        self._copies = copies
-        self._file = file
+        self._sink = sink
         self._expected = expected
         self._url = url
         self._progress = progress
@@ -83,25 +99,27 @@ class _Arriving:
         if expected is not None:
             allow = {member.name: member.size for member in expected.members or ()}
         self._reader = TarReader(url, max_total=sum(allow.values()), allow=allow)
-        self._partial: Partial | None = None
         self._held = bytearray()  # at most `_WRITE` and a piece
         self._written = 0
-        """Bytes of the present file that are on disk."""
+        """Bytes of the present file that the sink has."""
 
     async def feed(self, piece: bytes) -> None:
         """Take the next bytes of the stream."""
         for event in self._reader.feed(piece):
             match event:
                 case MemberBegins(facts):
-                    await self._begin(facts)
+                    await self._sink.begin(facts.name, self._wanted(facts).size)
+                    self._written = 0
                 case MemberData(data):
                     self._held += data
                     if len(self._held) >= _WRITE:
                         await self._flush()
                 case MemberEnds(facts):
-                    await self._end(facts)
+                    await self._flush()
+                    wanted = self._wanted(facts)
+                    await self._sink.end(wanted.size, wanted.mtime_ns)
 
-    def facts(self) -> Facts:
+    def facts(self, *, whole: bool) -> Facts:
         """What came, once the stream is over; `SourceFailed` when that is not all."""
         ending = self._reader.finish()
         came = {member.name: member for member in ending.members}
@@ -110,16 +128,21 @@ class _Arriving:
                 if wanted.name not in came:
                     raise SourceFailed(f"the tar lacks {wanted.name}", self._url)
             return self._expected
-        if ending.unterminated and not _is_finalized(ending.members):
-            raise SourceFailed("the tar has no end and may be cut off", self._url)
+        self._require_all(ending, whole=whole)
         members = tuple(came[name] for name in sorted(came))
         newest = max((member.mtime_ns for member in members), default=0)
         return Facts(sum(member.size for member in members), newest, members)
 
-    async def give_up(self) -> None:
-        """Remove the file that is not whole."""
-        if self._partial is not None:
-            await self._copies.discard(self._partial)
+    def _require_all(self, ending: Ending, *, whole: bool) -> None:
+        sizes = {member.name: member.size for member in ending.members}
+        if ending.unterminated and not layout.is_finalized(sizes):
+            raise SourceFailed("the tar has no end and may be cut off", self._url)
+        if whole and not layout.is_whole_cache(sizes):
+            raise SourceFailed(
+                "sends what may not be all of its directory",
+                self._url,
+                "other programs leave out files that they do not know: move it by hand",
+            )
 
     def _wanted(self, came: MemberFacts) -> MemberFacts:
         """The facts to keep; a file of another size than expected is another file."""
@@ -130,41 +153,70 @@ class _Arriving:
             )
         return wanted or came
 
-    async def _begin(self, came: MemberFacts) -> None:
-        size = self._wanted(came).size
-        self._partial = await self._copies.begin(self._file, came.name, size, archive=True)
-        self._written = 0
-
     async def _flush(self) -> None:
         held, self._held = self._held, bytearray()
-        if not held or self._partial is None:
+        if not held:
             return
-        call = partial(_write, self._partial, memoryview(held), self._written)
-        await self._copies.write(call, what=f"write copy of {self._file}")
+        await self._sink.write(memoryview(held), self._written)
         self._written += len(held)
         self._done += len(held)
         FETCHED_BYTES.inc(len(held))
         self._progress(self._done)
 
-    async def _end(self, came: MemberFacts) -> None:
-        await self._flush()
+
+class CacheSink:
+    """Keeps files in the cache path, each of them readable as soon as it is whole."""
+
+    def __init__(self, copies: Copies, file: SectorFile) -> None:
+        self._copies = copies
+        self._file = file
+        self._partial: Partial | None = None
+        self._run: SteadyWrites | None = None
+
+    async def begin(self, name: str, size: int) -> None:
+        """See `Sink`."""
+        self._partial = await self._copies.begin(self._file, name, size, archive=True)
+        self._run = SteadyWrites(self._copies.write, self._partial.descriptor)
+
+    async def write(self, data: memoryview, offset: int) -> None:
+        """See `Sink`."""
         assert self._partial is not None
-        wanted = self._wanted(came)
-        await self._copies.commit(self._partial, size=wanted.size, mtime_ns=wanted.mtime_ns)
+        assert self._run is not None
+        call = partial(write_at, self._partial.descriptor, data, offset)
+        await self._run(call, what=f"write copy of {self._file}")
+        self._run.wrote(offset + len(data))
+
+    async def end(self, size: int, mtime_ns: int) -> None:
+        """See `Sink`."""
+        assert self._partial is not None
+        await self._copies.commit(self._partial, size=size, mtime_ns=mtime_ns)
         self._partial = None
 
+    async def give_up(self) -> None:
+        """See `Sink`."""
+        if self._partial is not None:
+            await self._copies.discard(self._partial)
 
-def _write(target: Partial, data: memoryview, offset: int) -> None:
-    with target.descriptor as fd:
+
+class Nowhere:
+    """Keeps nothing: for a look at what a node has."""
+
+    async def begin(self, name: str, size: int) -> None:
+        """See `Sink`."""
+
+    async def write(self, data: memoryview, offset: int) -> None:
+        """See `Sink`."""
+
+    async def end(self, size: int, mtime_ns: int) -> None:
+        """See `Sink`."""
+
+    async def give_up(self) -> None:
+        """See `Sink`."""
+
+
+def write_at(descriptor: AbstractContextManager[int], data: memoryview, offset: int) -> None:
+    """Write all of it; blocks."""
+    with descriptor as fd:
         while data:
             count = os.pwrite(fd, data, offset)
             data, offset = data[count:], offset + count
-
-
-def _is_finalized(members: Sequence[MemberFacts]) -> bool:
-    """At least the files that a finalized sector of some size has, as long as they must be."""
-    sizes = {member.name: member.size for member in members}
-    return any(
-        all(name in sizes and sizes[name] in lengths for name, lengths in files.items())
-        for files in map(layout.finalized_cache, layout.SECTOR_SIZES)
-    )

@@ -4,6 +4,8 @@ Order, so that a crash at any point leaves nothing, or the whole file, under the
 bytes into a name of our own below ``fetching``, times, fsync of each file, fsync of the directory,
 rename, fsync of the type directory. Only then may it be declared. What a crash leaves below
 ``fetching`` is cleared when the path is attached again, or when the same move is begun again.
+
+A thread that hung in the disk and was given up does nothing more that others would see (`wanted`).
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from sectorfs.stores.own_names import (
     rename_new,
 )
 from sectorfs.stores.seen import Part, Seen, see
+from sectorfs.stores.wanted import Wanted
 from sectorfs.types import SectorFile
 
 log = logging.getLogger(__name__)
@@ -67,12 +70,15 @@ class Incoming:
                 opened_type(path.path, path.storage, kind, make=True) as type_fd,
                 opened_fetching(type_fd, path.path, kind, make=True) as fd,
             ):
+                wanted.require(self.where)
                 self._clear(fd)
+                wanted.require(self.where)
                 if kind.is_directory:
                     os.mkdir(self._name, 0o755, dir_fd=fd)
                     self._identity = _identity(self._name, fd)
 
-        await self._lane.run(call, what=f"begin {self._file}")
+        with Wanted() as wanted:
+            await self._lane.run(call, what=f"begin {self._file}")
 
     async def link(self, source: str, seen: Seen) -> bool:
         """Give the same bytes a second name; False when the two are not on one file system.
@@ -173,13 +179,13 @@ class Incoming:
     async def commit(self, mtime_ns: int) -> Seen:
         """Put it into place; what lies there now. `Refused` when something came there meanwhile."""
         try:
-            return await self._lane.run(
-                lambda: self._commit(mtime_ns), what=f"put {self._file} into place"
-            )
+            with Wanted() as wanted:
+                call = partial(self._commit, mtime_ns, wanted)
+                return await self._lane.run(call, what=f"put {self._file} into place")
         finally:
             self._path.note(self._file)
 
-    def _commit(self, mtime_ns: int) -> Seen:
+    def _commit(self, mtime_ns: int, wanted: Wanted) -> Seen:
         path, kind, final = self._path, self._file.file_type, self._file.sector.name
         with (
             opened_type(path.path, path.storage, kind) as type_fd,
@@ -192,6 +198,7 @@ class Incoming:
                 _sync_directory(self._name, fd)
             if _identity(self._name, fd) != self._identity:
                 raise Stale("was begun again meanwhile", self.where)
+            wanted.require(self.where)
             try:
                 rename_new(self._name, final, source_fd=fd, target_fd=type_fd)
             except FileExistsError as exc:
@@ -228,9 +235,10 @@ class Incoming:
                 opened_type(path.path, path.storage, kind) as type_fd,
                 opened_fetching(type_fd, path.path, kind) as fd,
             ):
+                wanted.require(self.where)
                 self._clear(fd)
 
-        with trio.move_on_after(DISCARD_SECONDS, shield=True):
+        with trio.move_on_after(DISCARD_SECONDS, shield=True), Wanted() as wanted:
             try:
                 await self._lane.run(call, what=f"discard {self._file}")
             except SectorFSError as exc:

@@ -82,6 +82,35 @@ def finalized_cache(sector_size: int) -> dict[str, Lengths]:
     return dict(sorted(files.items()))
 
 
+def labelled_cache(sector_size: int) -> dict[str, Lengths]:
+    """Files of a sector's cache directory before it has its trees over the labels."""
+    files = complete_cache(sector_size)
+    return {name: files[name] for name in files if "-layer-" in name or "-tree-d" in name}
+
+
+def is_finalized(sizes: Mapping[str, int]) -> bool:
+    """At least the files that a finalized sector of some size has, as long as they must be."""
+    return any(_has(sizes, finalized_cache(sector_size)) for sector_size in SECTOR_SIZES)
+
+
+def is_whole_cache(sizes: Mapping[str, int]) -> bool:
+    """Exactly the files that a cache directory of some size has between two steps of sealing."""
+    known = {name: size for name, size in sizes.items() if name not in _BESIDE}
+    return any(
+        known.keys() == files.keys() and _has(known, files)
+        for sector_size in SECTOR_SIZES
+        for files in (
+            labelled_cache(sector_size),
+            complete_cache(sector_size),
+            finalized_cache(sector_size),
+        )
+    )
+
+
+def _has(sizes: Mapping[str, int], files: Mapping[str, Lengths]) -> bool:
+    return all(name in sizes and sizes[name] in lengths for name, lengths in files.items())
+
+
 def _exactly(size: int) -> Lengths:
     return Lengths(size, size)
 
@@ -130,6 +159,9 @@ _CAPS = {
     "batch.json": 10_000,
     "commit-phase1-output": 20_000_000,
 }
+
+_BESIDE = frozenset({"snap-vproof.json", "batch.json", "commit-phase1-output"})
+"""Files that some caches have besides."""
 
 MINIMAL: Mapping[str, int] = MappingProxyType(_MINIMAL)
 """Names and caps of a finalized directory (``?mincache``)."""

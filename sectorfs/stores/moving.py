@@ -16,13 +16,15 @@ rename would leave a moment in which the Index names only the place where the fi
 
 Between nodes the destination's node does it all: it fetches, declares, and asks the source's node
 to remove its copy and to keep every other storage's, its own before all: the two nodes may share
-the storage that was moved to. A source that changes meanwhile stays, and the move fails.
+the storage that was moved to. A source that changes meanwhile stays, and the move fails. Nodes of
+other programs keep their own books, not this Index: what they hold is dropped from here.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Literal
 
@@ -30,37 +32,32 @@ import msgspec
 import trio
 
 from sectorfs.errors import (
-    Forbidden,
-    NoSource,
     NotFound,
     Refused,
     SectorFSError,
     SourceFailed,
     Stale,
     StorageUnavailable,
-    TooLarge,
-    Unauthorized,
-    Unreachable,
+    TimedOut,
 )
 from sectorfs.index.placement import accepts
 from sectorfs.index.protocol import Declaration, SectorIndex
-from sectorfs.stores.incoming import Incoming, Progress, sync_in_place
+from sectorfs.stores.incoming import Incoming, sync_in_place
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.local import LocalStore
 from sectorfs.stores.local_path import LocalPath
+from sectorfs.stores.receiving import Moving, Origin, Receiver
 from sectorfs.stores.removal import SLOW, Remover
 from sectorfs.stores.reservation import Claim
 from sectorfs.stores.seen import Seen, see
 from sectorfs.stores.space_ledger import SpaceLedger
 from sectorfs.stores.transfer import PeerClient
-from sectorfs.stores.turns import Turns
-from sectorfs.types import Facts, MemberFacts, SectorFile, StorageID
+from sectorfs.stores.turns import Turn, Turns
+from sectorfs.types import Facts, SectorFile, StorageID
 
 log = logging.getLogger(__name__)
 
 How = Literal["linked", "copied", "fetched", "was there"]
-_OF_SOURCE = (SourceFailed, NotFound, Stale, Unreachable, Unauthorized, Forbidden, TooLarge)
-"""What one source may fail with while the next is worth asking: our own disk's errors are not."""
 WIDTH = 4
 """Threads that may write to one storage for moves."""
 
@@ -74,15 +71,6 @@ class Moved(msgspec.Struct, frozen=True, kw_only=True):
     to: StorageID
     size: int
     how: How
-
-
-class Moving(msgspec.Struct):
-    """A move under way."""
-
-    file: SectorFile
-    to: StorageID
-    size: int = 0
-    done: int = 0
 
 
 class Mover:
@@ -110,6 +98,7 @@ class Mover:
         self._owner = owner
         self._own_urls = own_urls
         self._deadline = deadline
+        self._receiver = Receiver(peers=peers, space=space, owner=owner)
         self._lanes: dict[StorageID, Lane] = {}
         self._moves: list[Moving] = []
 
@@ -121,7 +110,7 @@ class Mover:
         self, file: SectorFile, to: StorageID, *, source: StorageID | None = None
     ) -> Moved:
         """Move a file from `source` (the one other storage with a primary copy) to a path here."""
-        async with self._turns.of(file):
+        async with self._turns.of(file, to=to) as turn:
             target = self._target(to, file)
             held = await self._held(file)
             origin = _origin(file, held, to, source)
@@ -133,7 +122,7 @@ class Mover:
                 path = self._path(origin)
                 if path is not None:
                     return await self._from_here(moving, path, target)
-                return await self._from_peer(moving, held, origin, target)
+                return await self._from_peer(moving, turn, held, origin, target)
             finally:
                 self._moves.remove(moving)
 
@@ -141,7 +130,7 @@ class Mover:
         self, file: SectorFile, to: StorageID, source: StorageID, *, move: bool
     ) -> None:
         """Fetch a file to a path of this node: a copy, or by `move` the primary one."""
-        async with self._turns.of(file):
+        async with self._turns.of(file, to=to if move else None) as turn:
             target = self._path(to)
             if target is None:
                 raise NotFound("not a storage path of this node", to)
@@ -149,10 +138,12 @@ class Mover:
             self._moves.append(moving)
             try:
                 if move:
-                    await self._from_peer(moving, await self._held(file), source, target)
+                    held = await self._held(file)
+                    if source not in held:
+                        raise NotFound(f"not on storage {source}", file)
+                    await self._from_peer(moving, turn, held, source, target)
                 else:
-                    facts, _ = await self._fetch(moving, await self._urls(source), target)
-                    await self._declare(target, file, facts, primary=False)
+                    await self._copy_from_peer(moving, source, target)
             finally:
                 self._moves.remove(moving)
 
@@ -193,7 +184,9 @@ class Mover:
         lane = self._lanes.get(target.storage)
         if lane is None or lane.thing != target.path:
             deadline = self._deadline * SLOW
-            lane = self._lanes[target.storage] = Lane(target.path, deadline=deadline, width=WIDTH)
+            lane = self._lanes[target.storage] = Lane(
+                target.path, deadline=deadline, patience=deadline, width=WIDTH
+            )
         return lane
 
     async def _look(self, path: LocalPath, file: SectorFile) -> Seen | None:
@@ -244,7 +237,7 @@ class Mover:
             if not await incoming.link(name, seen):
                 how = "copied"
                 async with self._space.reserve([_claim(target, file, seen.size)]):
-                    await incoming.copy(name, seen, _counting(moving))
+                    await incoming.copy(name, seen, moving.more)
             if await self._look(source, file) != seen:
                 raise Stale("changed while it was moved", name, "move it again")
             there = await incoming.commit(seen.mtime_ns)
@@ -257,6 +250,7 @@ class Mover:
     async def _from_peer(
         self,
         moving: Moving,
+        turn: Turn,
         held: Mapping[StorageID, Declaration],
         origin: StorageID,
         target: LocalPath,
@@ -265,101 +259,97 @@ class Mover:
         urls = await self._urls(origin)
         there = await self._look(target, file)
         if there is None:
-            facts, url = await self._fetch(moving, urls, target)
+            declared = held[origin].facts
+            source = await self._receiver.receive(
+                *(moving, urls, target, self._lane(target)), declared=declared, whole=True
+            )
             there = await self._look(target, file)
             how: How = "fetched"
         else:
-            facts, url = await self._facts(urls, file)
+            source = await self._receiver.look(file, urls)
             how = "was there"
-        if there is None or not there.holds(facts):
+        if there is None or not there.holds(source.facts, rounded=not source.ours):
             raise Refused(
                 "something else than what is to be moved lies there", target.name_of(file)
             )
-        moving.size = facts.size
+        moving.size = source.facts.size
         if how == "was there":
             await sync_in_place(target, self._lane(target), file, there)
         await self._declare(target, file, there.facts(file), primary=True)
-        keep = sorted({target.storage, *held} - {origin})
+        turn.ask()
+        if source.ours:
+            await self._remove_at(source, file, origin, target, held)
+        else:
+            await self._remove_at_foreign(source, held[origin], target, there, held)
+        return Moved(file=file, source=origin, to=target.storage, size=moving.size, how=how)
+
+    async def _remove_at(
+        self,
+        source: Origin,
+        file: SectorFile,
+        origin: StorageID,
+        target: LocalPath,
+        held: Collection[StorageID],
+    ) -> None:
+        """Have a node of ours remove its copy: it drops, makes sure of ours, and deletes."""
         try:
-            await self._peers.remove(url, file, keep=keep, expected=facts)
+            await self._peers.remove(
+                source.url,
+                file,
+                keep=_kept(held, target, origin),
+                expected=source.facts,
+                moved_to=target.storage,
+            )
         except NotFound:
-            log.debug("%s: gone from %s already", file, url)
-        await self._require_gone(file, origin, url)
-        return Moved(file=file, source=origin, to=target.storage, size=facts.size, how=how)
+            log.debug("%s: gone from %s already", file, source.url)
+        await self._require_gone(file, origin, source.url)
+
+    async def _remove_at_foreign(
+        self,
+        source: Origin,
+        known: Declaration,
+        target: LocalPath,
+        there: Seen,
+        held: Collection[StorageID],
+    ) -> None:
+        """Have another program's node remove its copy, which just deletes what it is told to.
+
+        So this node makes sure of its own copy, and drops the other one from the Index first. Such
+        a node says 500 to everything, also where there is nothing to delete: whether it still gives
+        the file decides.
+        """
+        file = known.file
+        ours = (await self._held(file)).get(target.storage)
+        if ours is None or not ours.primary or await self._look(target, file) != there:
+            raise Stale("changed while it was moved", target.name_of(file), "move it again")
+        try:
+            await self._index.drop([known.key])
+            try:
+                keep = _kept(held, target, known.storage)
+                await self._peers.remove(source.url, file, keep=keep)
+            except (NotFound, SourceFailed, TimedOut):
+                if await self._receiver.still_has(file, source.url):
+                    raise
+        except BaseException:
+            with trio.CancelScope(shield=True), suppress(SectorFSError):
+                await self._index.declare([known])
+            raise
+
+    async def _copy_from_peer(self, moving: Moving, source: StorageID, target: LocalPath) -> None:
+        file = moving.file
+        known = (await self._held(file)).get(source)
+        origin = await self._receiver.receive(
+            *(moving, await self._urls(source), target, self._lane(target)),
+            declared=known.facts if known is not None else None,
+            whole=False,
+        )
+        await self._declare(target, file, origin.facts, primary=False)
 
     async def _require_gone(self, file: SectorFile, origin: StorageID, url: str) -> None:
         if origin in await self._held(file):
             raise SourceFailed(
                 f"was moved, and is still declared on {origin}", file, f"ask the node at {url}"
             )
-
-    async def _facts(self, urls: list[str], file: SectorFile) -> tuple[Facts, str]:
-        causes: list[SectorFSError] = []
-        for url in urls:
-            try:
-                return await self._peers.facts(url, file), url
-            except SectorFSError as exc:
-                causes.append(exc)
-        raise NoSource("no node of its storage tells of it", file, causes)
-
-    async def _fetch(self, moving: Moving, urls: list[str], target: LocalPath) -> tuple[Facts, str]:
-        """Fetch a file from the first of several nodes that gives it; its facts, and which."""
-        causes: list[SectorFSError] = []
-        for url in urls:
-            moving.done = 0
-            try:
-                facts = await self._peers.facts(url, moving.file)
-                moving.size = facts.size
-                claim = _claim(target, moving.file, facts.size)
-                async with self._space.reserve([claim]):
-                    await self._receive(moving, url, facts, target)
-                return facts, url
-            except _OF_SOURCE as exc:
-                log.warning("%s: source %s failed: %s", moving.file, url, exc)
-                causes.append(exc)
-        raise NoSource("no node of its storage gives it", moving.file, causes)
-
-    async def _receive(self, moving: Moving, url: str, facts: Facts, target: LocalPath) -> None:
-        file = moving.file
-        incoming = Incoming(target, self._lane(target), file, owner=self._owner)
-        members = facts.members
-        if members is None:
-            members = (MemberFacts("", facts.size, facts.mtime_ns),)
-        try:
-            await incoming.begin()
-            for member in members:
-                await self._receive_part(moving, url, member, incoming, self._lane(target))
-            if await self._peers.facts(url, file) != facts:
-                raise Stale("changed while it was moved", f"{url}: {file}", "move it again")
-            await incoming.commit(facts.mtime_ns)
-        except BaseException:
-            await incoming.discard()
-            raise
-
-    async def _receive_part(
-        self, moving: Moving, url: str, member: MemberFacts, incoming: Incoming, lane: Lane
-    ) -> None:
-        before = moving.done
-
-        def progress(done: int) -> None:
-            moving.done = before + done
-
-        writer = await incoming.create(member.name)
-        try:
-            await self._peers.fetch(
-                url,
-                moving.file,
-                member.name or None,
-                writer,
-                size=member.size,
-                mtime_ns=member.mtime_ns,
-                run=lane.finish,
-                progress=progress,
-            )
-            await incoming.end(writer, member.size, member.mtime_ns)
-        finally:
-            writer.close()
-        moving.done = before + member.size
 
     async def _declare(
         self, target: LocalPath, file: SectorFile, facts: Facts, *, primary: bool
@@ -397,15 +387,13 @@ def _origin(
     )
 
 
+def _kept(held: Collection[StorageID], target: LocalPath, origin: StorageID) -> list[StorageID]:
+    """Every storage that is to keep a file: two nodes may share the one that it was moved to."""
+    return sorted({target.storage, *held} - {origin})
+
+
 def _claim(target: LocalPath, file: SectorFile, size: int) -> Claim:
     return Claim(storage=target.storage, file=file, size=size, place="fetching")
-
-
-def _counting(moving: Moving) -> Progress:
-    def progress(more: int) -> None:
-        moving.done += more
-
-    return progress
 
 
 def _require_same(there: Seen, seen: Seen, where: str) -> None:

@@ -41,13 +41,14 @@ from sectorfs.index.catalog import Catalog, Entry
 from sectorfs.index.protocol import SectorIndex
 from sectorfs.stores import sources
 from sectorfs.stores.announcer import Announcer
-from sectorfs.stores.archives import fetch_directory
+from sectorfs.stores.archives import CacheSink, fetch_directory
 from sectorfs.stores.copies import Copies
 from sectorfs.stores.local import LocalStore
 from sectorfs.stores.protocol import OpenFile, State
 from sectorfs.stores.reservation import Claim
 from sectorfs.stores.space_ledger import SpaceLedger
 from sectorfs.stores.transfer import PeerClient
+from sectorfs.stores.writing import SteadyWrites
 from sectorfs.types import Facts, MemberFacts, SectorFile, StorageID
 
 log = logging.getLogger(__name__)
@@ -295,10 +296,7 @@ class RemoteStore:
             return flight
 
     async def _landing(self, flight: _Flight) -> None:
-        """Wait for the end of a flight, but not for ever for a cache path whose disk hangs.
-
-        A write is never given up, since it must not be torn: its readers are.
-        """
+        """Wait for the end of a flight, but not for each that queues for a disk that hangs."""
         while not flight.finished.is_set():
             with trio.move_on_after(self._copies.lane.deadline):
                 await flight.finished.wait()
@@ -395,10 +393,11 @@ class RemoteStore:
         ):
             return await fetch_directory(
                 self._peers,
-                self._copies,
+                CacheSink(self._copies, flight.fetch.file),
                 source.url,
                 flight.fetch.file,
                 expected=facts,
+                whole=False,
                 progress=progress,
             )
 
@@ -450,9 +449,11 @@ class RemoteStore:
 
         def progress(done: int) -> None:
             flight.fetch.done = done
+            run.wrote(done)
 
         told = _wanted(self._catalog.declared(file, source.storage), member)
         partial = await self._copies.begin(file, member, wanted.size)
+        run = SteadyWrites(self._copies.write, partial.descriptor)
         try:
             await self._peers.fetch(
                 source.url,
@@ -461,13 +462,12 @@ class RemoteStore:
                 partial.descriptor,
                 size=wanted.size,
                 mtime_ns=told.mtime_ns if told else None,
-                run=self._copies.write,
+                run=run,
                 progress=progress,
             )
             await self._copies.commit(partial, size=wanted.size, mtime_ns=wanted.mtime_ns)
         except BaseException:
-            with trio.CancelScope(shield=True):
-                await self._copies.discard(partial)
+            await self._copies.discard(partial)
             raise
 
     def _place(self, of: str, small: bool, factor: int) -> trio.CapacityLimiter:

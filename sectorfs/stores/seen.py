@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -51,21 +51,29 @@ class Seen(msgspec.Struct, frozen=True):
 
     def same_content(self, other: Seen) -> bool:
         """Equal names, sizes and times of all parts; a directory's own time does not count."""
-        return _same(self.parts, other.parts)
+        return _same(self.parts, other.parts, same_mtime)
 
-    def holds(self, facts: Facts) -> bool:
-        """Whether this is the content that `facts` tell of."""
+    def holds(self, facts: Facts, *, rounded: bool = False) -> bool:
+        """Whether this is the content that `facts` tell of; a tar tells times `rounded`."""
         wanted = facts.members
         if wanted is None:
             wanted = (MemberFacts("", facts.size, facts.mtime_ns),)
-        return _same(self.parts, wanted)
+        return _same(self.parts, wanted, _nearly_same_mtime if rounded else same_mtime)
 
 
-def _same(ours: Sequence[Part], theirs: Sequence[Part | MemberFacts]) -> bool:
+def _same(
+    ours: Sequence[Part],
+    theirs: Sequence[Part | MemberFacts],
+    same_time: Callable[[int, int], bool],
+) -> bool:
     return len(ours) == len(theirs) and all(
-        one.name == two.name and one.size == two.size and same_mtime(one.mtime_ns, two.mtime_ns)
+        one.name == two.name and one.size == two.size and same_time(one.mtime_ns, two.mtime_ns)
         for one, two in zip(ours, theirs, strict=True)
     )
+
+
+def _nearly_same_mtime(one: int, other: int) -> bool:
+    return abs(one - other) < 10**9
 
 
 def see(name: str, file: SectorFile, where: str, *, dir_fd: int | None = None) -> Seen:
