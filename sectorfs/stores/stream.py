@@ -1,0 +1,396 @@
+"""One remote file while it is open: reads of it, and the requests that bring what they need.
+
+A read waits for exactly its own bytes. What is missing of them is asked for at once, rounded to
+`PIECE`; reads that wait for a place with the same source go out together in one request. Ahead of
+readers in sequence, and behind all of them when a copy is wanted, larger ranges come straight into
+the partial file. A range in flight is never asked for twice: whoever needs it waits with the first.
+
+A source that fails in the middle costs only what had not come: the next one goes on at that byte. A
+source that gives another content than the file had at its open is left; when no other has the old
+one, readers get `Stale`, never a mixture.
+
+Cancelled readers leave; a request that nobody waits for any more goes with its last one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
+from typing import Protocol
+
+import msgspec
+import trio
+
+from sectorfs.errors import DiskError, NoSource, SectorFSError, Stale, StorageUnavailable
+from sectorfs.stores.arrivals import Arrivals
+from sectorfs.stores.blocks import PIECE, Identity
+from sectorfs.stores.gates import Priority
+from sectorfs.stores.intervals import Intervals
+from sectorfs.stores.lanes import Descriptor
+from sectorfs.stores.sources import PeerSource
+from sectorfs.stores.windows import Window
+
+log = logging.getLogger(__name__)
+
+BULK = 512 << 10
+"""Bytes from which a range is received straight into the file."""
+AHEAD_CHUNK = 4 << 20
+FILL_CHUNK = 8 << 20
+AHEAD_TASKS = 3
+FILL_TASKS = 4
+TOGETHER = 16
+"""Ranges in one request at most."""
+
+
+class Version(msgspec.Struct, frozen=True):
+    """What a source says of the content it gives."""
+
+    size: int
+    mtime_ns: int
+    """0 when it does not say."""
+    etag: str = ""
+
+
+class Carrier(Protocol):
+    """Brings ranges of one file from a source."""
+
+    async def ranges(
+        self,
+        source: PeerSource,
+        spans: Sequence[tuple[int, int]],
+        *,
+        expect: Version | None,
+        deliver: Callable[[int, bytes], object],
+    ) -> Version:
+        """Each span in memory, in any order; `Stale` when the source gives another version."""
+
+    async def receive(
+        self,
+        source: PeerSource,
+        span: tuple[int, int],
+        descriptor: Descriptor,
+        *,
+        expect: Version | None,
+        progress: Callable[[int], object],
+    ) -> Version:
+        """A span into a file, at its place; `progress` gets the bytes of it that are there."""
+
+    def place(self, source: PeerSource, priority: Priority) -> AbstractAsyncContextManager[None]:
+        """A place for one request."""
+
+
+class _Request:
+    """A range on its way, and how many wait for it."""
+
+    def __init__(self, start: int, end: int, priority: Priority) -> None:
+        self.start = start
+        self.end = end
+        self.priority = priority
+        self.waiters = 0
+        self.queued = True
+        self.moved = trio.Event()
+        self.ended = False
+        self.scope = trio.CancelScope()
+        self.leader: _Request | None = None
+        self.followers: list[_Request] = []
+        self.error: SectorFSError | None = None
+
+    def tell(self) -> None:
+        """Wake those who wait: something came, or it ended."""
+        self.moved.set()
+        self.moved = trio.Event()
+
+    @property
+    def wanted(self) -> bool:
+        """True while somebody waits for it, or it is not for readers."""
+        if self.priority is not Priority.READ or self.waiters:
+            return True
+        return any(one.waiters for one in self.followers)
+
+
+class Stream:
+    """One content of one remote file; see the module."""
+
+    def __init__(
+        self,
+        name: str,
+        identity: Identity,
+        arrivals: Arrivals,
+        *,
+        carrier: Carrier,
+        sources: Callable[[], Sequence[PeerSource]],
+        failed: Callable[[PeerSource, SectorFSError], object],
+        nursery: trio.Nursery,
+    ) -> None:
+        self.name = name
+        self.identity = identity
+        self.arrivals = arrivals
+        self.source = ""
+        """URL of the source that answered last."""
+        self._carrier = carrier
+        self._sources = sources
+        self._failed = failed
+        self._nursery = nursery
+        self._requests: list[_Request] = []
+        self._versions: dict[PeerSource, Version] = {}
+        self._stale: Stale | None = None
+        self._ahead: dict[Window, tuple[int, int]] = {}
+        self._pumps = {Priority.AHEAD: 0, Priority.FILL: 0}
+        self._fill = False
+        self._closed = False
+        self.failure: SectorFSError | None = None
+        """Why filling stopped, if it did."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return self.identity.size
+
+    async def read(self, window: Window, offset: int, size: int) -> bytes:
+        """Bytes at `offset`, fewer than `size` only at the end of the file."""
+        end = min(self.size, offset + size)
+        if offset >= end:
+            return b""
+        self._want_ahead(window, end, window.read(offset, end, self.size))
+        while True:
+            if self._stale is not None:
+                raise self._stale
+            if self.arrivals.has(offset, end):
+                data = await self._take(offset, end)
+                if data is not None:
+                    return data
+            with self._waiting(offset, end) as requests:
+                for request in requests:
+                    await self._wait(request, offset, end)
+
+    def fill(self) -> None:
+        """Bring everything that is missing, behind all readers."""
+        self._fill = True
+        self.failure = None
+        self._pump(Priority.FILL, FILL_TASKS)
+
+    def left(self, window: Window) -> None:
+        """A reader is gone."""
+        self._ahead.pop(window, None)
+
+    def close(self) -> None:
+        """Nobody reads any more: end every request."""
+        self._closed = True
+        for request in self._requests:
+            request.scope.cancel()
+        self.arrivals.close()
+
+    async def _take(self, start: int, end: int) -> bytes | None:
+        try:
+            return await self.arrivals.take(start, end)
+        except (DiskError, StorageUnavailable) as exc:
+            self.arrivals.lose_disk(exc)
+            return None
+
+    # --- requests ---
+
+    @contextmanager
+    def _waiting(self, start: int, end: int) -> Iterator[list[_Request]]:
+        """The requests that bring a range, made where there are none, while somebody waits."""
+        for low, high in self._unasked(start, end):
+            self._start(_Request(low, high, Priority.READ))
+        requests = [one for one in self._coming() if one.start < end and start < one.end]
+        for request in requests:
+            request.waiters += 1
+        try:
+            yield requests
+        finally:
+            for request in requests:
+                request.waiters -= 1
+                leader = request.leader or request
+                if not leader.wanted:
+                    leader.scope.cancel()
+
+    async def _wait(self, request: _Request, start: int, end: int) -> None:
+        low, high = max(start, request.start), min(end, request.end)
+        while not request.ended and not self.arrivals.has(low, high):
+            await request.moved.wait()
+        if request.error is not None and not self.arrivals.has(low, high):
+            raise request.error
+
+    def _unasked(self, start: int, end: int) -> list[tuple[int, int]]:
+        """What of a range, rounded to pieces, is neither here nor on its way."""
+        start = start // PIECE * PIECE
+        end = min(self.size, -(-end // PIECE) * PIECE)
+        coming = Intervals((one.start, one.end) for one in self._coming())
+        return [
+            gap
+            for low, high in self.arrivals.missing(start, end)
+            for gap in coming.missing(low, high)
+        ]
+
+    def _coming(self) -> list[_Request]:
+        """What may be waited for: no reader stands behind bulk that has no place yet."""
+        return [one for one in self._requests if one.priority is Priority.READ or not one.queued]
+
+    def _start(self, request: _Request) -> None:
+        self._requests.append(request)
+        self._nursery.start_soon(self._run, request)
+
+    async def _run(self, request: _Request) -> None:
+        """The task of a request; a boundary: it may not end the node."""
+        try:
+            with request.scope:
+                await self._bring(request)
+        except SectorFSError as exc:
+            request.error = exc
+        except Exception as exc:
+            log.exception("%s: a request failed unexpectedly", self.name)
+            request.error = NoSource("a request failed unexpectedly", self.name, [exc])
+        finally:
+            if request.leader is None:
+                for one in (request, *request.followers):
+                    one.error = request.error
+                    one.ended = True
+                    self._requests.remove(one)
+                    one.tell()
+
+    async def _bring(self, request: _Request) -> None:
+        """Get a range from source after source."""
+        causes: list[SectorFSError] = []
+        tried: set[PeerSource] = set()
+        while (source := self._next_source(tried)) is not None:
+            tried.add(source)
+            try:
+                async with self._carrier.place(source, request.priority):
+                    request.queued = False
+                    self._gather(request)
+                    await self._transfer(source, request)
+                return
+            except SectorFSError as exc:
+                causes.append(exc)
+                self._failed(source, exc)
+                log.info("%s: source %s failed: %s", self.name, source.url, exc)
+        raise self._verdict(causes)
+
+    def _next_source(self, tried: set[PeerSource]) -> PeerSource | None:
+        return next((one for one in self._sources() if one not in tried), None)
+
+    def _verdict(self, causes: Sequence[SectorFSError]) -> SectorFSError:
+        changed = next((cause for cause in causes if isinstance(cause, Stale)), None)
+        if changed is not None:
+            self._stale = changed
+            return changed
+        return NoSource("no source can give it", self.name, causes)
+
+    def _gather(self, request: _Request) -> None:
+        """Take along the readers' requests that wait for a place as well."""
+        if request.priority is not Priority.READ:
+            return
+        for other in self._requests:
+            if len(request.followers) + 1 >= TOGETHER:
+                return
+            alone = other.queued and other.leader is None and not other.followers
+            if alone and other is not request and other.priority is Priority.READ:
+                other.leader = request
+                request.followers.append(other)
+                other.scope.cancel()
+
+    async def _transfer(self, source: PeerSource, request: _Request) -> None:
+        members = (request, *request.followers)
+        others = Intervals(
+            (one.start, one.end) for one in self._coming() if one not in members and not one.queued
+        )
+        spans = [
+            gap
+            for one in members
+            for low, high in self.arrivals.missing(one.start, one.end)
+            for gap in others.missing(low, high)
+        ]
+        if not spans:
+            return
+        if len(spans) == 1 and spans[0][1] - spans[0][0] >= BULK and self.arrivals.kept:
+            await self._receive(source, request, spans[0])
+            return
+
+        def deliver(offset: int, data: bytes) -> None:
+            self.arrivals.came(offset, data)
+            for one in members:
+                if one.start < offset + len(data) and offset < one.end:
+                    one.tell()
+
+        version = await self._carrier.ranges(
+            source, spans, expect=self._versions.get(source), deliver=deliver
+        )
+        self._learn(source, version)
+
+    async def _receive(self, source: PeerSource, request: _Request, span: tuple[int, int]) -> None:
+        kept = self.arrivals.kept
+        assert kept is not None
+
+        def progress(done: int) -> None:
+            if self.arrivals.kept is kept:
+                self.arrivals.saved(span[0], span[0] + done)
+            request.tell()
+
+        version = await self._carrier.receive(
+            source,
+            span,
+            kept.descriptor,
+            expect=self._versions.get(source),
+            progress=progress,
+        )
+        self._learn(source, version)
+
+    def _learn(self, source: PeerSource, version: Version) -> None:
+        self._versions[source] = version
+        self.source = source.url
+
+    # --- ahead of readers, and behind them ---
+
+    def _want_ahead(self, window: Window, end: int, target: int) -> None:
+        """A reader got to `end`, and bytes up to `target` may be wanted soon."""
+        if target - end < PIECE or self.arrivals.kept is None:
+            self._ahead.pop(window, None)
+            return
+        _, asked = self._ahead.get(window, (0, 0))
+        if not end <= asked <= target or asked - end < (target - end) // 2:
+            asked = target  # in leaps of half a window: few requests, and large ones
+        self._ahead[window] = (end, asked)
+        self._pump(Priority.AHEAD, AHEAD_TASKS)
+
+    def _pump(self, priority: Priority, tasks: int) -> None:
+        if self._closed or self._next_bulk(priority) is None:
+            return
+        if self._pumps[priority] < tasks:
+            self._pumps[priority] += 1
+            self._nursery.start_soon(self._pump_on, priority, tasks)
+
+    async def _pump_on(self, priority: Priority, tasks: int) -> None:
+        try:
+            while not self._closed and (span := self._next_bulk(priority)) is not None:
+                request = _Request(*span, priority)
+                self._requests.append(request)
+                self._pump(priority, tasks)
+                await self._run(request)
+                if request.error is not None:
+                    self._give_up(priority, request.error)
+                    return
+        finally:
+            self._pumps[priority] -= 1
+
+    def _next_bulk(self, priority: Priority) -> tuple[int, int] | None:
+        if priority is Priority.FILL:
+            wanted = [(0, self.size)] if self._fill and self.arrivals.kept else []
+            chunk = FILL_CHUNK
+        else:
+            wanted, chunk = list(self._ahead.values()), AHEAD_CHUNK
+        queued = Intervals((one.start, one.end) for one in self._requests)
+        for start, end in wanted:
+            for gap in self._unasked(start, end):
+                for low, high in queued.missing(*gap):
+                    return low, min(high, (low // chunk + 1) * chunk)
+        return None
+
+    def _give_up(self, priority: Priority, cause: SectorFSError) -> None:
+        if priority is Priority.FILL:
+            self._fill = False
+            self.failure = cause
+        else:
+            self._ahead.clear()  # the next read asks, and hears why
