@@ -20,7 +20,7 @@ from sectorfs.server.routes import make_handler
 from sectorfs.stores.protocol import OpenFile
 from sectorfs.types import Facts, SectorFile
 from sectorfs.wire.client import Client
-from sectorfs.wire.messages import Reply, Request
+from sectorfs.wire.messages import Gone, Reply, Request
 from sectorfs.wire.server import Handler
 from sectorfs.wire.tokens import Secret, sign
 from tests.wire_fixtures import PATIENT, FolderFiles, fds_return_to, open_fds, running
@@ -72,7 +72,9 @@ class Node:
             data = await response.read(1 << 20)
             return Answer(response.status, dict(response.headers), data)
 
-    async def rpc(self, body: bytes, permissions: frozenset[str]) -> tuple[int, bytes]:
+    async def rpc(
+        self, body: bytes, permissions: frozenset[str], *, gone: Gone
+    ) -> tuple[int, bytes]:
         self.calls.append((body, permissions))
         return (204, b"") if body == b"note" else (200, b'{"result":1}')
 

@@ -21,7 +21,7 @@ Order of answers: 404 for an unknown path, 405, 401 or 403, then what the path i
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import msgspec
 import prometheus_client
@@ -32,12 +32,19 @@ from sectorfs.server.access import permissions, require
 from sectorfs.server.files import FileRoutes
 from sectorfs.server.removal import RemovalRoute, Removes
 from sectorfs.stores.protocol import LocalFiles
-from sectorfs.wire.messages import MethodRefused, Reply, Request, error_reply
+from sectorfs.wire.messages import Gone, MethodRefused, Reply, Request, error_reply
 from sectorfs.wire.server import Handler
 from sectorfs.wire.tokens import Secret
 
-Rpc = Callable[[bytes, frozenset[str]], Awaitable[tuple[int, bytes]]]
-"""Answers a JSON-RPC body for a caller with these permissions: HTTP status and body."""
+
+class Rpc(Protocol):
+    """Answers a JSON-RPC body for a caller with these permissions."""
+
+    async def __call__(
+        self, body: bytes, permissions: frozenset[str], *, gone: Gone
+    ) -> tuple[int, bytes]:
+        """HTTP status and body; what only waits ends when the caller is gone."""
+
 
 RPC_LIMIT = 100 * 1024 * 1024
 
@@ -162,5 +169,5 @@ class _Routes:
 
     async def _call(self, request: Request) -> Reply:
         allowed = permissions(request, self._secret)
-        status, body = await self._rpc(await request.body(RPC_LIMIT), allowed)
+        status, body = await self._rpc(await request.body(RPC_LIMIT), allowed, gone=request.gone)
         return Reply(status, (("content-type", "application/json"),), body)

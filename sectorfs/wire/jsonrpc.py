@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import msgspec
+import trio
 
 from sectorfs import errors
 from sectorfs.errors import (
@@ -23,8 +25,11 @@ from sectorfs.errors import (
     Unauthorized,
     Unreachable,
 )
+from sectorfs.wire.messages import Gone
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PARSE_ERROR = -32700
 INVALID_REQUEST = -32600
@@ -58,6 +63,8 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
     params: tuple[Any, ...] = ()
     """Type of each positional parameter, as msgspec understands it."""
     handler: Callable[..., Awaitable[object]]
+    waits: bool = False
+    """It mostly waits, and is cancelled when its client is gone. A change goes on to its end."""
 
 
 class ErrorData(msgspec.Struct, frozen=True):
@@ -110,6 +117,13 @@ class _ForeignError(msgspec.Struct):
     data: msgspec.Raw = _ABSENT
 
 
+class _Asked(msgspec.Struct, frozen=True):
+    """Who asks."""
+
+    permissions: frozenset[str]
+    gone: Gone
+
+
 class Dispatcher:
     """A table of methods as one callable: body and permissions in, status and body out."""
 
@@ -119,14 +133,17 @@ class Dispatcher:
             assert method.name not in self._methods, method.name
             self._methods[method.name] = method
 
-    async def __call__(self, body: bytes, permissions: frozenset[str]) -> tuple[int, bytes]:
+    async def __call__(
+        self, body: bytes, permissions: frozenset[str], *, gone: Gone = trio.sleep_forever
+    ) -> tuple[int, bytes]:
         """Answer a body; its batch is worked through in order. The bytes may be empty."""
+        asked = _Asked(permissions, gone)
         text = body.strip()
         if not text:
             return _only(_failure(None, INVALID_REQUEST, "empty body"))
         try:
             if text[:1] != b"[":
-                answer = await self._one(msgspec.json.decode(text, type=msgspec.Raw), permissions)
+                answer = await self._one(msgspec.json.decode(text, type=msgspec.Raw), asked)
                 return (200, b"") if answer is None else _only(answer)
             batch = msgspec.json.decode(text, type=list[msgspec.Raw])
         except _MALFORMED:
@@ -134,13 +151,11 @@ class Dispatcher:
         if not 1 <= len(batch) <= MAX_BATCH:
             message = f"a batch has 1 to {MAX_BATCH} requests, this one {len(batch)}"
             return _only(_failure(None, INVALID_REQUEST, message))
-        answers = [await self._one(raw, permissions) for raw in batch]
+        answers = [await self._one(raw, asked) for raw in batch]
         wanted = [answer for answer in answers if answer is not None]
         return 200, msgspec.json.encode(wanted) if wanted else b""
 
-    async def _one(
-        self, raw: msgspec.Raw, permissions: frozenset[str]
-    ) -> _Result | _Failure | None:
+    async def _one(self, raw: msgspec.Raw, asked: _Asked) -> _Result | _Failure | None:
         """The answer to one request, None to a notification."""
         try:
             request = msgspec.json.decode(raw, type=_Request)
@@ -148,21 +163,25 @@ class Dispatcher:
             return _failure(None, INVALID_REQUEST, f"not a request: {exc}")
         if request.jsonrpc != "2.0":
             return _failure(_id(request), INVALID_REQUEST, "not JSON-RPC 2.0")
-        answer = await self._answer(request, permissions)
+        answer = await self._answer(request, asked)
         return None if request.id is msgspec.UNSET else answer
 
-    async def _answer(self, request: _Request, permissions: frozenset[str]) -> _Result | _Failure:
+    async def _answer(self, request: _Request, asked: _Asked) -> _Result | _Failure:
         method = self._methods.get(request.method)
         if method is None:
             name = request.method[:200]
             return _failure(_id(request), METHOD_NOT_FOUND, f"method '{name}' not found")
-        if not permissions & {method.permission, "admin"}:
+        if not asked.permissions & {method.permission, "admin"}:
             return _refusal(request, method)
         try:
             params = _params(method, request.params)
         except _BadParams as exc:
             return _failure(_id(request), INVALID_PARAMS, str(exc))
-        return await _call(request, method, params)
+        call = partial(_call, request, method, params)
+        if not method.waits:
+            return await call()
+        gone = _failure(_id(request), INTERNAL_ERROR, "the client is gone")
+        return await _unless(asked.gone, call, otherwise=gone)
 
 
 class _BadParams(Exception):
@@ -195,6 +214,21 @@ async def _call(request: _Request, method: Method, params: list[object]) -> _Res
     except Exception:  # the boundary of a request: a bug in a handler must not end the server
         log.exception("%s failed", method.name)
         return _failure(_id(request), INTERNAL_ERROR, f"internal error in '{method.name}'")
+
+
+async def _unless(gone: Gone, call: Callable[[], Awaitable[T]], *, otherwise: T) -> T:
+    """The result of a call that raises nothing; `otherwise` when `gone` returns before it does."""
+    results = [otherwise]
+
+    async def watch() -> None:
+        await gone()
+        nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        results.append(await call())
+        nursery.cancel_scope.cancel()
+    return results[-1]
 
 
 def _refusal(request: _Request, method: Method) -> _Failure:

@@ -10,10 +10,14 @@ from typing import Protocol, TypeVar
 from urllib.parse import parse_qs, unquote_to_bytes
 
 import msgspec
+import trio
 
 from sectorfs.errors import BadInput, SectorFSError, TooLarge
 
 T = TypeVar("T")
+
+Gone = Callable[[], Awaitable[object]]
+"""Returns once the client closed the connection; for whoever waits on its behalf."""
 
 _MAX_FIELDS = 64
 
@@ -82,6 +86,7 @@ class Request:
     peer: str
     """The client's IP address."""
     read_body: Callable[[int], Awaitable[bytes]] = field(repr=False)
+    gone: Gone = field(default=trio.sleep_forever, repr=False)
 
     @property
     def path(self) -> str:

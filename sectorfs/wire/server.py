@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import NoReturn
@@ -178,7 +179,14 @@ class _Connection:
             headers=headers,
             peer=self._peer,
             read_body=self._read_body,
+            gone=self._gone,
         )
+
+    async def _gone(self) -> None:
+        """Return when the client left. One that sent more, asks next or still its body, is here."""
+        with suppress(OSError):
+            if self._body_left or await self._stream.socket.recv(1, socket.MSG_PEEK):
+                await trio.sleep_forever()
 
     async def _read_body(self, limit: int) -> bytes:
         limit = min(limit, self._limits.body_bytes)
