@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from sectorfs.index.catalog import Catalog, FileChange
+from sectorfs.index.merge import Reload
+from sectorfs.index.packed import Pack, PackedRow, pack
 from sectorfs.index.protocol import (
     Declaration,
     FsStat,
     Lease,
     LocationKey,
     Lock,
+    PackedPage,
     SectorIndex,
     StorageInfo,
 )
@@ -84,6 +88,41 @@ def lease(holder: str, of: int = 7, *, read: int = 0, write: int = 0, seconds: f
         reason="a test",
         seconds=seconds,
     )
+
+
+def pack_of(declarations: Iterable[Declaration]) -> Pack:
+    """Declarations, which are in key order, as columns."""
+    return pack(map(_row, declarations))
+
+
+def _row(one: Declaration) -> PackedRow:
+    sector, facts = one.file.sector, one.facts
+    members = None
+    if facts is not None and facts.members is not None:
+        members = [(member.name, member.size, member.mtime_ns) for member in facts.members]
+    return (
+        int(one.file.file_type),
+        sector.miner,
+        sector.number,
+        one.storage,
+        int(one.primary),
+        None if facts is None else facts.size,
+        None if facts is None else facts.mtime_ns,
+        members,
+    )
+
+
+def merged(
+    catalog: Catalog, snapshot: Iterable[PackedPage], *, now_ns: int = 0
+) -> list[FileChange]:
+    """Merge a whole snapshot into a catalog."""
+    reload = Reload(catalog)
+    return [
+        change
+        for page in snapshot
+        for found in reload.add(page, now_ns=now_ns, now=0)
+        for change in found
+    ]
 
 
 def rpc_over(index: SectorIndex, permissions: frozenset[str] = ADMIN) -> RpcIndex:

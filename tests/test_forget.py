@@ -19,7 +19,7 @@ from sectorfs.stores.transfer import PeerClient
 from sectorfs.types import FileType, SectorFile, StorageID
 from sectorfs.wire.client import Client
 from tests.cluster_fixtures import Behaviour, FalsePeer, false_peer, free_port
-from tests.index_fixtures import CUTOFF, STAT, Clock, file, held, info, open_index, sector
+from tests.index_fixtures import CUTOFF, STAT, Clock, file, held, info, merged, open_index, sector
 
 DEAD = StorageID("dead")
 
@@ -41,7 +41,7 @@ class World:
 
     async def forget(self, storage: str = DEAD, *, force: bool = False) -> forget.DetachReport:
         catalog = Catalog()
-        catalog.replace([await self.index.snapshot(limit=1000)], now_ns=0, now=0.0)
+        merged(catalog, [await self.index.packed()])
         return await forget.forget(
             StorageID(storage),
             force=force,
@@ -214,7 +214,7 @@ async def test_index_that_is_lost_in_between_leaves_it_to_be_detached_again(worl
     world.pass_time(CUTOFF + 1)
     fragile = Fragile(world.index, calls=2)
     catalog = Catalog()
-    catalog.replace([await world.index.snapshot(limit=10)], now_ns=0, now=0.0)
+    merged(catalog, [await world.index.packed()])
     with pytest.raises(Unreachable):
         await forget.forget(
             DEAD,
@@ -249,7 +249,7 @@ async def test_urls_that_went_meanwhile_are_fine(world: World) -> None:
     await world.attach(DEAD, gone(), gone())
     world.pass_time(CUTOFF + 1)
     catalog = Catalog()
-    catalog.replace([await world.index.snapshot(limit=10)], now_ns=0, now=0.0)
+    merged(catalog, [await world.index.packed()])
     hasty = Hasty(world.index)
     report = await forget.forget(
         DEAD,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sectorfs.index.catalog import Catalog, FileChange, Reload
-from sectorfs.index.protocol import Changes, Declaration, SnapshotPage, StorageStatus
+from sectorfs.index.catalog import Catalog, FileChange
+from sectorfs.index.merge import Reload
+from sectorfs.index.protocol import Changes, Declaration, PackedPage, StorageStatus
 from sectorfs.types import Facts, FileType, SectorFile, SectorID, StorageID
-from tests.index_fixtures import STAT, directory, file, held, info, key, sector
+from tests.index_fixtures import STAT, file, held, info, key, merged, pack_of, sector
 
 F1, F2 = Facts(1, 10), Facts(2, 20)
 
@@ -28,17 +30,18 @@ def status(storage: str, *, age: float = 0, error: str = "", weight: int = 10) -
 
 def pages(
     declarations: list[Declaration], *, limit: int = 1000, seq: int = 1, storages: str = "abc"
-) -> list[SnapshotPage]:
-    """A snapshot as an index pages it."""
+) -> list[PackedPage]:
+    """A snapshot as an index pages it: all of a sector file in one page."""
     ordered = sorted(declarations, key=lambda one: one.key)
-    starts = range(0, len(ordered) + 1, limit)
+    files = sorted({one.file for one in ordered})
+    starts = range(0, len(files) or 1, limit)
     return [
-        SnapshotPage(
+        PackedPage(
             epoch="e",
             seq=seq + number,
             storages=tuple(status(name) for name in storages) if number == 0 else (),
-            declarations=tuple(part := ordered[start : start + limit]),
-            after=part[-1].key if len(part) == limit else None,
+            pack=pack_of(one for one in ordered if one.file in files[start : start + limit]),
+            after=files[start + limit - 1] if start + limit < len(files) else None,
         )
         for number, start in enumerate(starts)
     ]
@@ -46,13 +49,20 @@ def pages(
 
 def loaded(*declarations: Declaration) -> Catalog:
     catalog = Catalog()
-    catalog.replace(pages(list(declarations)), now_ns=100, now=0)
+    merged(catalog, pages(list(declarations)), now_ns=100)
     return catalog
 
 
 def apply(catalog: Catalog, now_ns: int = 200, **fields: object) -> list[FileChange]:
     changes = Changes(epoch="e", seq=catalog.seq + 1, **fields)
     return catalog.apply(changes, now_ns, 0)
+
+
+def paged(catalog: Catalog, storage: StorageID) -> list[SectorFile]:
+    found: list[SectorFile] = []
+    while page := catalog.files_of(storage, after=found[-1] if found else None, limit=2):
+        found += page
+    return found
 
 
 def contents(catalog: Catalog) -> list[Declaration]:
@@ -72,15 +82,16 @@ def contents(catalog: Catalog) -> list[Declaration]:
         by_storage.setdefault(declaration.storage, set()).add(declaration.file)
     for storage in {*"abcd", *by_storage}:
         files = catalog.files_of(StorageID(storage))
-        assert len(files) == len(set(files))
-        assert set(files) == by_storage.get(StorageID(storage), set())
+        assert files == sorted(by_storage.get(StorageID(storage), set()))
+        assert files == paged(catalog, StorageID(storage))
+        assert catalog.counts(StorageID(storage)) == Counter(one.file_type for one in files)
     return found
 
 
 def test_empty_catalog_knows_nothing() -> None:
     catalog = Catalog()
     assert catalog.entry(file(1)) is None
-    assert catalog.sectors(FileType.SEALED) == ()
+    assert tuple(catalog.sectors(FileType.SEALED)) == ()
     assert catalog.types() == frozenset()
     assert catalog.names_changed_ns(FileType.SEALED) == 0
     assert catalog.storage(StorageID("a")) is None
@@ -92,7 +103,7 @@ def test_empty_catalog_knows_nothing() -> None:
 def test_snapshot_fills_it() -> None:
     catalog = Catalog()
     batch = [held("b", 1, facts=F1), held("a", 1, facts=F1, primary=False), held("a", 2)]
-    found = catalog.replace(pages(batch), now_ns=100, now=0)
+    found = merged(catalog, pages(batch), now_ns=100)
     assert found == [
         FileChange(file(1), None, F1, True, False),
         FileChange(file(2), None, None, True, False),
@@ -101,7 +112,7 @@ def test_snapshot_fills_it() -> None:
     assert entry is not None
     assert entry.facts == F1
     assert entry.declarations == (batch[1], batch[0])
-    assert catalog.sectors(FileType.SEALED) == (sector(1), sector(2))
+    assert tuple(catalog.sectors(FileType.SEALED)) == (sector(1), sector(2))
     assert catalog.names_changed_ns(FileType.SEALED) == 100
     assert catalog.names_changed_ns(FileType.CACHE) == 0
     assert (catalog.epoch, catalog.seq, catalog.loaded) == ("e", 1, True)
@@ -114,7 +125,7 @@ def test_names_are_made_once_per_change() -> None:
     apply(catalog, declared=(held("a", 1, facts=F1), held("a", file(2, FileType.CACHE))))
     assert catalog.sectors(FileType.SEALED) is shown
     apply(catalog, declared=(held("a", 2),))
-    assert catalog.sectors(FileType.SEALED) == (sector(1), sector(2))
+    assert tuple(catalog.sectors(FileType.SEALED)) == (sector(1), sector(2))
 
 
 def test_names_stay_ascending_in_any_order_of_arrival() -> None:
@@ -228,7 +239,7 @@ def test_reload_invalidates_only_what_differs(limit: int) -> None:
         held("b", 3),
         held("a", file(9, FileType.PIECE)),
     ]
-    found = catalog.replace(pages(new, limit=limit, seq=50, storages="ab"), now_ns=300, now=0)
+    found = merged(catalog, pages(new, limit=limit, seq=50, storages="ab"), now_ns=300)
     assert sorted(found, key=lambda one: one.file) == [
         FileChange(file(1, FileType.UNSEALED), F1, None, False, True),
         FileChange(file(2), F1, F2, False, False),
@@ -245,11 +256,12 @@ def test_reload_invalidates_only_what_differs(limit: int) -> None:
 def test_reload_that_is_given_up_keeps_position_and_the_rest() -> None:
     catalog = loaded(held("a", 1), held("a", 2), held("a", 3))
     reload = Reload(catalog)
-    first = pages([held("a", 2), held("a", 5)], limit=2, seq=70)[0]
-    reload.add(first, now_ns=1, now=0)
+    first = pages([held("a", 2), held("a", 5), held("a", 8)], limit=2, seq=70)[0]
+    for _ in reload.add(first, now_ns=1, now=0):
+        pass
     assert (catalog.seq, catalog.epoch) == (1, "e")
-    assert contents(catalog) == [held("a", 2), held("a", 3)]
-    catalog.replace(pages([held("a", 7)], seq=80), now_ns=1, now=0)
+    assert contents(catalog) == [held("a", 2), held("a", 5)]
+    merged(catalog, pages([held("a", 7)], seq=80), now_ns=1)
     assert contents(catalog) == [held("a", 7)]
 
 
@@ -265,20 +277,6 @@ def test_health_ages_with_the_time_since_it_was_told() -> None:
     catalog.update_storages([status("a")], 1050)
     assert catalog.healthy(a, 1100, 50)
     assert catalog.storage(b) is not None
-
-
-def test_equal_parts_are_shared() -> None:
-    facts = [directory("p_aux", "t_aux") for _ in range(3)]
-    cache = file(1, FileType.CACHE)
-    catalog = loaded(held("a", cache, facts=facts[0]), held("b", cache, facts=facts[1]))
-    entry = catalog.entry(cache)
-    assert entry is not None
-    assert entry.declarations[0].facts is entry.declarations[1].facts is entry.facts
-    assert entry.declarations[0].file is entry.declarations[1].file
-    apply(catalog, declared=(held("c", cache, facts=facts[2]),))
-    after = catalog.entry(cache)
-    assert after is not None
-    assert after.declarations[2].facts is entry.facts
 
 
 DECLARATIONS = st.builds(
@@ -300,7 +298,7 @@ def test_merge_of_any_snapshot_ends_as_the_snapshot(
 ) -> None:
     catalog = loaded(*old)
     before = {one.file: catalog.entry(one.file) for one in old + new}
-    found = catalog.replace(pages(new, limit=limit), now_ns=300, now=0)
+    found = merged(catalog, pages(new, limit=limit), now_ns=300)
     assert contents(catalog) == sorted(new, key=lambda one: one.key)
     told = {change.file: change for change in found}
     assert len(told) == len(found)

@@ -13,16 +13,15 @@ from prometheus_client import REGISTRY
 
 from sectorfs.errors import SectorFSError, TimedOut, Unauthorized, Unreachable
 from sectorfs.index.catalog import Catalog, FileChange
-from sectorfs.index.feed import PAGE, Feed
+from sectorfs.index.feed import PAGE, SNAPSHOT_PAGE, Feed
 from sectorfs.index.protocol import (
     Changes,
     HealthReport,
-    LocationKey,
+    PackedPage,
     SectorIndex,
-    SnapshotPage,
     StorageStatus,
 )
-from sectorfs.types import FileType, StorageID
+from sectorfs.types import FileType, SectorFile, StorageID
 from tests.index_fixtures import STAT, Clock, file, held, info, key, open_index
 
 
@@ -40,10 +39,8 @@ class Wire:
             raise self.failure
         return self.index
 
-    async def snapshot(
-        self, *, after: LocationKey | None = None, limit: int = 1000
-    ) -> SnapshotPage:
-        return await self._ask("snapshot").snapshot(after=after, limit=limit)
+    async def packed(self, *, after: SectorFile | None = None, limit: int = 1000) -> PackedPage:
+        return await self._ask("snapshot").packed(after=after, limit=limit)
 
     async def changes(self, epoch: str, seq: int, *, wait: float = 0, limit: int = 1000) -> Changes:
         index = self._ask("changes")
@@ -94,11 +91,11 @@ async def test_first_step_loads_and_later_ones_follow(node: Node) -> None:
     await node.index.declare([held("a", 1)])
     await steps(node)
     assert node.catalog.loaded
-    assert node.catalog.sectors(FileType.SEALED) == (file(1).sector,)
+    assert tuple(node.catalog.sectors(FileType.SEALED)) == (file(1).sector,)
     await node.index.declare([held("a", 2)])
     await node.index.drop([key("a", 1)])
     await steps(node)
-    assert node.catalog.sectors(FileType.SEALED) == (file(2).sector,)
+    assert tuple(node.catalog.sectors(FileType.SEALED)) == (file(2).sector,)
     assert [(one.file, one.appeared, one.vanished) for one in node.found] == [
         (file(1), True, False),
         (file(2), True, False),
@@ -107,15 +104,15 @@ async def test_first_step_loads_and_later_ones_follow(node: Node) -> None:
 
 
 async def test_more_than_a_page_is_loaded_and_followed(node: Node) -> None:
-    count = 2 * PAGE + 7
+    count = 2 * SNAPSHOT_PAGE + 7
     await node.index.declare([held("a", number) for number in range(count)])
     await steps(node)
     assert len(node.catalog) == count
     await node.index.declare([held("a", count + number) for number in range(count)])
-    await steps(node, 3)
+    await steps(node, 5)
     assert len(node.catalog) == 2 * count
     await node.index.drop([key("a", number) for number in range(count)])
-    await steps(node, 3)
+    await steps(node, 5)
     assert [one.number for one in node.catalog.sectors(FileType.SEALED)] == list(
         range(count, 2 * count)
     )
@@ -157,14 +154,14 @@ async def test_cancelled_step_is_made_up_for(node: Node) -> None:
 
 
 async def test_cancelled_load_begins_anew(node: Node) -> None:
-    await node.index.declare([held("a", number) for number in range(2 * PAGE)])
+    await node.index.declare([held("a", number) for number in range(2 * SNAPSHOT_PAGE)])
     with trio.CancelScope() as scope:
         node.feed._on_change = lambda found: scope.cancel()
         await steps(node)
     assert not node.catalog.loaded
     await node.index.drop([key("a", 0)])
     await steps(node)
-    assert len(node.catalog) == 2 * PAGE - 1
+    assert len(node.catalog) == 2 * SNAPSHOT_PAGE - 1
 
 
 async def test_pruned_changes_are_made_up_for_by_a_snapshot(tmp_path: Path) -> None:
@@ -199,7 +196,7 @@ async def test_another_index_is_taken_over_without_a_gap(node: Node, tmp_path: P
         await look(node, 0)
         for at in (0, 20, 59):  # storage a may still come
             await look(node, at)
-            assert node.catalog.sectors(FileType.SEALED) == (file(1).sector, file(2).sector)
+            assert tuple(node.catalog.sectors(FileType.SEALED)) == (file(1).sector, file(2).sector)
         await look(node, 60)
     assert [(one.file, one.vanished) for one in node.found] == [(file(1), True), (file(3), False)]
     assert [one.info.storage for one in node.catalog.storages()] == ["b"]
@@ -249,25 +246,23 @@ async def test_an_index_replaced_twice_is_given_its_own_time(node: Node, tmp_pat
 
 
 async def test_index_replaced_between_two_pages(node: Node, tmp_path: Path) -> None:
-    await node.index.declare([held("a", number) for number in range(PAGE + 1)])
+    await node.index.declare([held("a", number) for number in range(SNAPSHOT_PAGE + 1)])
     async with open_index(tmp_path / "other.db") as other:
         await other.attach(info("b"), STAT)
-        await other.declare([held("b", number) for number in range(PAGE + 10)])
+        await other.declare([held("b", number) for number in range(SNAPSHOT_PAGE + 10)])
         node.feed._on_change = lambda found: setattr(node.wire, "index", other)
         await steps(node)
         assert not node.catalog.loaded
         await steps(node)
-        assert len(node.catalog) == PAGE + 10
+        assert len(node.catalog) == SNAPSHOT_PAGE + 10
 
 
 async def test_index_that_repeats_a_page_is_not_followed_for_ever(node: Node) -> None:
-    await node.index.declare([held("a", number) for number in range(PAGE + 1)])
-    page = await node.index.snapshot(limit=PAGE)
+    await node.index.declare([held("a", number) for number in range(SNAPSHOT_PAGE + 1)])
+    page = await node.index.packed(limit=SNAPSHOT_PAGE)
 
     class Repeating(Wire):
-        async def snapshot(
-            self, *, after: LocationKey | None = None, limit: int = 1000
-        ) -> SnapshotPage:
+        async def packed(self, *, after: SectorFile | None = None, limit: int = 1000) -> PackedPage:
             await trio.lowlevel.checkpoint()
             return page
 

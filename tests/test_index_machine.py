@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from tests.index_fixtures import CUTOFF, Clock, rpc_over
 pytestmark = pytest.mark.timeout(600)
 
 KEEP = 5
+HEARTBEAT = 0.001
 STORAGES = st.sampled_from([StorageID(name) for name in "abc"])
 X, Y = "http://x:1/remote", "http://y:1/remote"
 FILES = st.builds(
@@ -94,6 +95,7 @@ class Following(RuleBasedStateMachine):
         self.number = 0
         self.loop = Loop()
         self.clock = Clock()
+        self.now = 0.0
         self.storages: dict[StorageID, list[str]] = {}
         self.errors: dict[StorageID, str] = {}
         self.rows: dict[LocationKey, Declaration] = {}
@@ -120,10 +122,15 @@ class Following(RuleBasedStateMachine):
         self.shown: dict[SectorFile, Facts | None] = {}
         followed: SectorIndex = rpc_over(self.index) if over_rpc else self.index
         self.feed = Feed(
-            followed, self.catalog, heartbeat=10, on_change=self._note, clock_ns=self.clock
+            followed,
+            self.catalog,
+            heartbeat=HEARTBEAT,
+            on_change=self._note,
+            clock=lambda: self.now,
+            clock_ns=self.clock,
         )
 
-    def _note(self, found: list[FileChange]) -> None:
+    def _note(self, found: Sequence[FileChange]) -> None:
         """What is told must add up to what is there: that is all the kernel ever hears."""
         for change in found:
             assert change.appeared == (change.file not in self.shown)
@@ -231,7 +238,9 @@ class Following(RuleBasedStateMachine):
 
         async def follow() -> None:
             self.feed.index = rpc_over(self.index) if rpc else self.index
-            for _ in range(20):
+            for count in range(40):
+                # A replaced Index is given some time before it is taken over.
+                self.now += HEARTBEAT if count > 20 else 0
                 await self.feed.step(wait=0)
                 page = await self.index.snapshot()
                 here = (self.catalog.epoch, self.catalog.seq, self.catalog.loaded)

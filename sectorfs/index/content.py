@@ -9,29 +9,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sectorfs.index.protocol import Declaration
-from sectorfs.types import Facts, MemberFacts
+from sectorfs.types import Facts, MemberFacts, StorageID
 
 _SECOND = 1_000_000_000
 
 
+Standing = tuple[bool, int, StorageID]
+
+
+def standing(primary: bool, mtime_ns: int, storage: StorageID) -> Standing:
+    """Who has the say: the least of several. Primary before copy, later mtime, lower storage id."""
+    return (not primary, -mtime_ns, storage)
+
+
 def present_facts(declarations: Sequence[Declaration]) -> Facts | None:
     """The facts that hold now: of the newest primary that tells any, else of the newest copy."""
-    best: Declaration | None = None
-    for declaration in declarations:
-        if declaration.facts is not None and (best is None or _newer(declaration, best)):
-            best = declaration
-    return best.facts if best is not None else None
-
-
-def _newer(one: Declaration, other: Declaration) -> bool:
-    """Primary before copy, then the later mtime, then the lower storage id."""
-    assert one.facts is not None
-    assert other.facts is not None
-    if one.primary != other.primary:
-        return one.primary
-    if one.facts.mtime_ns != other.facts.mtime_ns:
-        return one.facts.mtime_ns > other.facts.mtime_ns
-    return one.storage < other.storage
+    best: Facts | None = None
+    least: Standing | None = None
+    for one in declarations:
+        if one.facts is None:
+            continue
+        own = standing(one.primary, one.facts.mtime_ns, one.storage)
+        if least is None or own < least:
+            best, least = one.facts, own
+    return best
 
 
 def eligible(declarations: Sequence[Declaration]) -> list[Declaration]:

@@ -16,22 +16,24 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 import trio
 
 from sectorfs import metrics
 from sectorfs.errors import SectorFSError, Unreachable
-from sectorfs.index.catalog import Catalog, FileChange, Reload
-from sectorfs.index.protocol import Changes, LocationKey, SectorIndex, SnapshotPage
-from sectorfs.types import StorageID
+from sectorfs.index.catalog import Catalog, FileChange
+from sectorfs.index.merge import Reload
+from sectorfs.index.protocol import Changes, LocationKey, PackedPage, SectorIndex
+from sectorfs.types import SectorFile, StorageID
 
 log = logging.getLogger(__name__)
 
 PAGE = 500
-"""Rows asked for at a time: decoding and applying them takes a few milliseconds."""
+"""Changes asked for at a time: decoding and applying them takes a few milliseconds."""
+SNAPSHOT_PAGE = 1000
+"""Rows of a snapshot asked for at a time."""
 SLICE = 250
 """Changes applied without a checkpoint."""
 PATIENCE = 6
@@ -47,14 +49,14 @@ class _Newcomer:
     within one each node notices. Storages of nodes that are gone never come: patience ends.
     """
 
-    def __init__(self, page: SnapshotPage, now: float, heartbeat: float) -> None:
+    def __init__(self, page: PackedPage, now: float, heartbeat: float) -> None:
         self.epoch = page.epoch
         self._seq = page.seq
         self._heartbeat = heartbeat
         self._quiet_since = now
         self._until = now + PATIENCE * heartbeat
 
-    def ready(self, page: SnapshotPage, known: set[StorageID], now: float) -> bool:
+    def ready(self, page: PackedPage, known: set[StorageID], now: float) -> bool:
         """Look at its first page: may the catalog become what it says?"""
         if page.seq != self._seq:
             self._seq, self._quiet_since = page.seq, now
@@ -72,7 +74,7 @@ class Feed:
         catalog: Catalog,
         *,
         heartbeat: float,
-        on_change: Callable[[list[FileChange]], None],
+        on_change: Callable[[Sequence[FileChange]], None],
         on_reload: Callable[[], None] | None = None,
         clock: Callable[[], float] = trio.current_time,
         clock_ns: Callable[[], int] = time.time_ns,
@@ -138,25 +140,27 @@ class Feed:
 
     async def _load(self) -> None:
         reload = Reload(self.catalog)
-        after: LocationKey | None = None
+        after: SectorFile | None = None
         while True:
-            page = await self.index.snapshot(after=after, limit=PAGE)
+            page = await self.index.packed(after=after, limit=SNAPSHOT_PAGE)
             self._answer()
             if after is not None and page.epoch != reload.epoch:
                 return  # the Index was replaced between two pages: begin anew
             if after is not None and page.after is not None and page.after <= after:
-                raise Unreachable("the Index repeats a page of its snapshot", str(after.file))
+                raise Unreachable("the Index repeats a page of its snapshot", str(after))
             if after is None and self._is_incomplete(page):
                 await trio.sleep(self._heartbeat / 4)
                 return
-            found = reload.add(page, now_ns=self._clock_ns(), now=self._clock())
-            self._reload = page.after is not None
-            self._applied(found)
-            if page.after is None:
-                return
+            for found in reload.add(page, now_ns=self._clock_ns(), now=self._clock()):
+                self._applied(found)
+                await trio.lowlevel.checkpoint()
             after = page.after
+            if after is None:
+                self._reload = False
+                self._applied(())
+                return
 
-    def _is_incomplete(self, page: SnapshotPage) -> bool:
+    def _is_incomplete(self, page: PackedPage) -> bool:
         """True while this is another Index than the catalog's, and the nodes still declare."""
         if not self.catalog.loaded or page.epoch == self.catalog.epoch:
             self._newcomer = None
@@ -193,7 +197,7 @@ class Feed:
             self._applied(self.catalog.apply(part, self._clock_ns(), self._clock()))
             await trio.lowlevel.checkpoint()
 
-    def _applied(self, found: list[FileChange]) -> None:
+    def _applied(self, found: Sequence[FileChange]) -> None:
         metrics.CATALOG_FILES.set(len(self.catalog))
         metrics.CATALOG_SEQ.set(self.catalog.seq)
         if found:
@@ -230,27 +234,22 @@ def _next_pause(pause: float, exc: SectorFSError) -> float:
     return min(LONGEST_PAUSE, 2 * pause) if pause else FIRST_PAUSE
 
 
-def _sliced(changes: Changes, catalog: Catalog) -> Sequence[Changes]:
+def _sliced(changes: Changes, catalog: Catalog) -> Iterator[Changes]:
     """Parts that are quickly applied, in an order that keeps the catalog right after each.
 
     Only the last part carries the new `seq`: one that is cancelled before is asked for again.
     """
-    base = msgspec.structs.replace(
-        changes, seq=catalog.seq, storages=(), detached=(), declared=(), dropped=()
-    )
-    parts = []
+
+    def part(**fields: object) -> Changes:
+        return msgspec.structs.replace(empty, **fields)
+
+    empty = Changes(epoch=changes.epoch, seq=catalog.seq)
     for storage in changes.detached:
-        held = (LocationKey(file, StorageID(storage)) for file in catalog.files_of(storage))
-        while keys := tuple(islice(held, SLICE)):
-            parts.append(msgspec.structs.replace(base, dropped=keys))
-    parts.append(
-        msgspec.structs.replace(base, detached=changes.detached, storages=changes.storages)
-    )
+        while files := catalog.files_of(storage, limit=SLICE):
+            yield part(dropped=tuple(LocationKey(file, storage) for file in files))
+    yield part(detached=changes.detached, storages=changes.storages)
     for start in range(0, len(changes.declared), SLICE):
-        declared = changes.declared[start : start + SLICE]
-        parts.append(msgspec.structs.replace(base, declared=declared))
+        yield part(declared=changes.declared[start : start + SLICE])
     for start in range(0, len(changes.dropped), SLICE):
-        dropped = changes.dropped[start : start + SLICE]
-        parts.append(msgspec.structs.replace(base, dropped=dropped))
-    parts[-1] = msgspec.structs.replace(parts[-1], seq=changes.seq)
-    return parts
+        yield part(dropped=changes.dropped[start : start + SLICE])
+    yield part(seq=changes.seq)

@@ -19,6 +19,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from sectorfs.index.packed import Pack
 from sectorfs.types import Facts, SectorFile, SectorID, StorageID
 
 PathType = Literal["sealing", "storage"]
@@ -127,6 +128,19 @@ class SnapshotPage(msgspec.Struct, frozen=True, kw_only=True):
     declarations: tuple[Declaration, ...]
     after: LocationKey | None
     """Ask for the next page with this key; None on the last."""
+
+
+class PackedPage(msgspec.Struct, frozen=True, kw_only=True):
+    """One page of everything in columns; all declarations of a sector file are in one page."""
+
+    epoch: str
+    seq: int
+    """As of a `SnapshotPage`."""
+    storages: tuple[StorageStatus, ...]
+    """All storages; on the first page only."""
+    pack: Pack
+    after: SectorFile | None
+    """The last sector file of this page: ask for the next page with it; None on the last."""
 
 
 class Changes(msgspec.Struct, frozen=True, kw_only=True):
@@ -251,6 +265,9 @@ class SectorIndex(SectorLocks, Protocol):
         self, *, after: LocationKey | None = None, limit: int = 1000
     ) -> SnapshotPage:
         """A page of the whole Index."""
+
+    async def packed(self, *, after: SectorFile | None = None, limit: int = 1000) -> PackedPage:
+        """A page of the whole Index, read and made without the loop being held."""
 
     async def changes(self, epoch: str, seq: int, *, wait: float = 0, limit: int = 1000) -> Changes:
         """Changes after `seq`; waits up to `wait` seconds while there are none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sectorfs.index.packed import Pack, pack
 from sectorfs.index.protocol import Changes, Declaration, Lease, LocationKey, StorageStatus
 from sectorfs.index.rows import (
     LEASE_COLUMNS,
@@ -16,11 +17,13 @@ from sectorfs.index.rows import (
     to_declaration,
     to_file_type,
     to_lease,
+    to_packed,
     to_status,
 )
 from sectorfs.index.transactions import Kind
 from sectorfs.types import FileType, SectorFile, SectorID, StorageID
 
+_FILE = "(l.sector_filetype, l.miner_id, l.sector_num)"
 _KEY = "(l.sector_filetype, l.miner_id, l.sector_num, l.storage_id)"
 _KEY_ORDER = "l.sector_filetype, l.miner_id, l.sector_num, l.storage_id"
 
@@ -105,6 +108,25 @@ def page(db: Connection, after: LocationKey | None, limit: int) -> list[Declarat
     return [to_declaration(row) for row in rows]
 
 
+def packed(db: Connection, after: SectorFile | None, limit: int) -> tuple[Pack, SectorFile | None]:
+    """About `limit` declarations in key order, and the last sector file unless they are the end."""
+    past = "" if after is None else f"WHERE {_FILE} > (?, ?, ?)"
+    while True:
+        rows = db.execute(
+            f"SELECT {LOCATION_COLUMNS} FROM {LOCATION_TABLES} {past}"
+            f" ORDER BY {_KEY_ORDER} LIMIT ?",
+            (*_file_values(after), limit),
+        ).fetchall()
+        if len(rows) < limit:
+            return pack(map(to_packed, rows)), None
+        # The last sector file may have more declarations than fitted: it is left to the next page.
+        cut = rows[-1][:3]
+        whole = [row for row in rows if row[:3] != cut]
+        if whole:
+            return pack(map(to_packed, whole)), _to_file(whole[-1])
+        limit *= 2
+
+
 def changes(db: Connection, name: str, seq: int, limit: int, now_ns: int) -> Changes:
     """The present state of what changed in the `limit` changes after `seq`."""
     last = newest(db)
@@ -178,7 +200,9 @@ def _file_values(file: SectorFile | None) -> tuple[int, ...]:
 
 
 def _to_key(row: Sequence[Any]) -> LocationKey:
-    file_type, miner, number, holder = row[:4]
-    return LocationKey(
-        SectorFile(to_file_type(file_type), SectorID(miner, number)), StorageID(holder)
-    )
+    return LocationKey(_to_file(row), StorageID(row[3]))
+
+
+def _to_file(row: Sequence[Any]) -> SectorFile:
+    file_type, miner, number = row[:3]
+    return SectorFile(to_file_type(file_type), SectorID(miner, number))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import msgspec
 
+from sectorfs.index.packed import PackedRow
 from sectorfs.index.protocol import Declaration, FsStat, Lease, Lock, StorageInfo, StorageStatus
 from sectorfs.types import Facts, FileType, MemberFacts, SectorFile, SectorID, StorageID
 
@@ -131,6 +132,13 @@ def to_declaration(row: Row) -> Declaration:
         bool(primary),
         None if size is None else Facts(size, mtime_ns, _to_members(members)),
     )
+
+
+def to_packed(row: Row) -> PackedRow:
+    """The same for a column of many."""
+    if row[7] is None:
+        return cast(PackedRow, row)
+    return cast(PackedRow, (*row[:7], _members.decode(row[7])))
 
 
 def _to_members(blob: bytes | None) -> tuple[MemberFacts, ...] | None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import trio
 
 from sectorfs.errors import BadInput, TooLarge, Unreachable
-from sectorfs.index import checks, lock_shapes, shapes
+from sectorfs.index import checks, lock_shapes, packed_shapes, shapes
 from sectorfs.index.lock_rpc import lock_methods
 from sectorfs.index.protocol import (
     Changes,
@@ -25,6 +25,7 @@ from sectorfs.index.protocol import (
     Lease,
     LeaseStatus,
     LocationKey,
+    PackedPage,
     PathType,
     SectorIndex,
     SnapshotPage,
@@ -73,13 +74,8 @@ def index_methods(index: SectorIndex, *, max_listed: int = MAX_LISTED) -> list[M
         _read("Sectorfs.Sector", serve.sector, sector),
         _read("Sectorfs.Declarations", serve.declarations, str, shapes.FileShape | None, int),
         _read("Sectorfs.Snapshot", serve.snapshot, shapes.KeyShape | None, int),
-        Method(
-            name="Sectorfs.Changes",
-            permission="read",
-            params=(str, int, float, int),
-            handler=serve.changes,
-            waits=True,
-        ),
+        _read("Sectorfs.SnapshotColumns", serve.packed, shapes.FileShape | None, int),
+        _read("Sectorfs.Changes", serve.changes, str, int, float, int),
         *lock_methods(index),
     ]
 
@@ -204,6 +200,12 @@ class _Server:
         key = None if after is None else shapes.to_key(after)
         return shapes.from_snapshot(await self._index.snapshot(after=key, limit=limit))
 
+    async def packed(
+        self, after: shapes.FileShape | None, limit: int
+    ) -> packed_shapes.PackedPageShape:
+        file = None if after is None else shapes.to_file(after)
+        return packed_shapes.from_page(await self._index.packed(after=file, limit=limit))
+
     async def changes(self, epoch: str, seq: int, wait: float, limit: int) -> shapes.ChangesShape:
         return shapes.from_changes(await self._index.changes(epoch, seq, wait=wait, limit=limit))
 
@@ -323,6 +325,18 @@ class RpcIndex:
             "Sectorfs.Snapshot", [shape, checks.page_size(limit)], shapes.SnapshotShape
         )
         return self._checked(shapes.to_snapshot, page)
+
+    async def packed(self, *, after: SectorFile | None = None, limit: int = 1000) -> PackedPage:
+        """A page of the whole Index in columns."""
+        if after is not None:
+            checks.check_sector(after.sector)
+        shape = None if after is None else shapes.from_file(after)
+        page = await self._call(
+            "Sectorfs.SnapshotColumns",
+            [shape, checks.page_size(limit)],
+            packed_shapes.PackedPageShape,
+        )
+        return self._checked(packed_shapes.to_page, page)
 
     async def changes(self, epoch: str, seq: int, *, wait: float = 0, limit: int = 1000) -> Changes:
         """Changes after `seq`; waits up to `wait` seconds while there are none."""

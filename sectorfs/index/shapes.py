@@ -278,7 +278,7 @@ def from_sector(sector: SectorID) -> SectorShape:
 
 def to_file(shape: FileShape) -> SectorFile:
     """A checked sector file."""
-    return SectorFile(_single_type(shape.file_type), to_sector(shape.sector))
+    return SectorFile(single_type(shape.file_type), to_sector(shape.sector))
 
 
 def from_file(file: SectorFile) -> FileShape:
@@ -297,7 +297,7 @@ def to_keys(shape: KeyShape) -> list[LocationKey]:
 
 def to_key(shape: KeyShape) -> LocationKey:
     """The key of one declaration."""
-    file = SectorFile(_single_type(shape.file_type), to_sector(shape.sector))
+    file = SectorFile(single_type(shape.file_type), to_sector(shape.sector))
     return LocationKey(file, to_storage_id(shape.storage))
 
 
@@ -328,7 +328,7 @@ def to_declarations(shape: DeclarationShape) -> list[Declaration]:
 
 def to_declaration(shape: DeclarationShape) -> Declaration:
     """One checked declaration."""
-    _single_type(shape.file_type)
+    single_type(shape.file_type)
     return to_declarations(shape)[0]
 
 
@@ -372,7 +372,8 @@ def _from_facts(facts: Facts) -> FactsShape:
     return FactsShape(size=facts.size, mtime_ns=facts.mtime_ns, files=files)
 
 
-def _single_type(value: int) -> FileType:
+def single_type(value: int) -> FileType:
+    """The type of a mask that has one; `BadInput` for others."""
     types = checks.mask_types(value)
     if len(types) != 1:
         raise BadInput(f"{value} is not a single file type", "FileType")

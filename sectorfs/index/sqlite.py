@@ -1,7 +1,8 @@
 """The embedded Index: one SQLite file, read on the loop, written by one thread.
 
 Mechanism: WAL with ``synchronous=FULL``, so a commit that returned survives a power cut. A reader
-connection answers on the loop: pages are bounded and a WAL reader never waits for the writer. All
+connection answers on the loop: pages are bounded and a WAL reader never waits for the writer. Only
+the pages of whole snapshots are read, and made into columns, in a thread of their own. All
 commits go through one thread at a time. A caller cancelled while it waits for its turn has written
 nothing; once its transaction runs it is run to its end, and then it happened as a whole.
 
@@ -19,6 +20,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import trio
 
@@ -43,6 +45,7 @@ from sectorfs.index.protocol import (
     Lease,
     LeaseStatus,
     LocationKey,
+    PackedPage,
     PathType,
     SnapshotPage,
     StorageInfo,
@@ -55,6 +58,15 @@ log = logging.getLogger(__name__)
 KEEP_CHANGES = 200_000
 """Changes that can be followed; a catalog further behind takes a new snapshot."""
 _BUSY_SECONDS = 5.0
+
+
+class _Connections(NamedTuple):
+    writer: sqlite3.Connection
+    """Used by one thread at a time, behind its limiter."""
+    reader: sqlite3.Connection
+    """Used on the loop alone."""
+    bulk: sqlite3.Connection
+    """For pages of snapshots: one thread at a time, behind a limiter of its own."""
 
 
 class SqliteIndex:
@@ -73,11 +85,12 @@ class SqliteIndex:
         self._clock_ns = clock_ns
         self._keep_changes = keep_changes
         self._turn = trio.CapacityLimiter(1)
+        self._bulk_turn = trio.CapacityLimiter(1)
         self._changed = trio.Event()
         self._began = False  # the first change of a process begins a life of the database
         self._lessor = Lessor(self._record_leases, clock_ns)
         self._odd: dict[StorageID, tuple[str, ...]] = {}
-        self._connections: tuple[sqlite3.Connection, sqlite3.Connection] | None = None
+        self._connections: _Connections | None = None
 
     @classmethod
     @asynccontextmanager
@@ -103,8 +116,9 @@ class SqliteIndex:
         finally:
             index._lessor.close()
             with trio.CancelScope(shield=True):
-                # Behind any commit that still runs for a cancelled caller.
-                await trio.to_thread.run_sync(index._disconnect, limiter=index._turn)
+                # Behind any thread that still runs for a cancelled caller.
+                async with index._bulk_turn:
+                    await trio.to_thread.run_sync(index._disconnect, limiter=index._turn)
             index._wake()
 
     async def attach(self, info: StorageInfo, stat: FsStat) -> None:
@@ -257,6 +271,25 @@ class SqliteIndex:
                 after=declarations[-1].key if len(declarations) == limit else None,
             )
 
+    async def packed(self, *, after: SectorFile | None = None, limit: int = 1000) -> PackedPage:
+        """A page of the whole Index in columns."""
+        if after is not None:
+            checks.check_sector(after.sector)
+        limit = checks.page_size(limit)
+        return await trio.to_thread.run_sync(self._packed, after, limit, limiter=self._bulk_turn)
+
+    def _packed(self, after: SectorFile | None, limit: int) -> PackedPage:
+        """Runs in a thread: a page that is not in memory waits for the disk."""
+        with self._viewing(self._open_connections().bulk) as db:
+            pack, last = queries.packed(db, after, limit)
+            return PackedPage(
+                epoch=queries.epoch(db),
+                seq=queries.newest(db),
+                storages=() if after is not None else tuple(queries.storages(db, self._clock_ns())),
+                pack=pack,
+                after=last,
+            )
+
     async def changes(self, epoch: str, seq: int, *, wait: float = 0, limit: int = 1000) -> Changes:
         """Changes after `seq`; waits up to `wait` seconds while there are none."""
         await trio.lowlevel.checkpoint()
@@ -285,7 +318,11 @@ class SqliteIndex:
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
         """One consistent view for several statements."""
-        _, db = self._open_connections()
+        with self._viewing(self._open_connections().reader) as db:
+            yield db
+
+    @contextmanager
+    def _viewing(self, db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
         with _translated(self.path):
             db.execute("BEGIN")
             try:
@@ -300,7 +337,7 @@ class SqliteIndex:
 
     def _commit(self, change: Callable[[sqlite3.Connection], None]) -> bool:
         """Runs in the writer thread; true when anything was recorded in ``change``."""
-        db, _ = self._open_connections()
+        db = self._open_connections().writer
         with _translated(self.path):
             db.execute("BEGIN IMMEDIATE")
             try:
@@ -323,7 +360,7 @@ class SqliteIndex:
         self._changed.set()
         self._changed = trio.Event()
 
-    def _open_connections(self) -> tuple[sqlite3.Connection, sqlite3.Connection]:
+    def _open_connections(self) -> _Connections:
         if self._connections is None:
             raise Unreachable("the Index is closed", self.path)
         return self._connections
@@ -336,16 +373,18 @@ class SqliteIndex:
             writer.execute("PRAGMA journal_mode = WAL")
             _migrate(writer, self.path)
             # A WAL reader waits for nobody but a recovery, which only ever happens before this.
-            reader = _connection(self.path, timeout=0)
-            undo.callback(reader.close)
-            reader.execute("PRAGMA query_only = ON")
+            reader, bulk = _connection(self.path, timeout=0), _connection(self.path, timeout=0)
+            for db in (reader, bulk):
+                undo.callback(db.close)
+                db.execute("PRAGMA query_only = ON")
             undo.pop_all()
-        self._connections = writer, reader
+        self._connections = _Connections(writer, reader, bulk)
 
     def _disconnect(self) -> None:
-        writer, reader = self._open_connections()
+        writer, reader, bulk = self._open_connections()
         self._connections = None
         reader.close()
+        bulk.close()
         with _translated(self.path):
             writer.close()
 

@@ -20,7 +20,7 @@ from sectorfs.errors import NotFound, Refused, TimedOut, Unreachable
 from sectorfs.index.catalog import Catalog
 from sectorfs.index.protocol import FsStat, SectorIndex, StorageStatus
 from sectorfs.node import reports
-from sectorfs.node.forget import DetachReport, detach_report, forget, last_copies
+from sectorfs.node.forget import DetachReport, Lost, detach_report, forget, last_copies
 from sectorfs.node.moves import LocalMoves, Moves
 from sectorfs.node.repo import Repo
 from sectorfs.node.settings import SettingsReport, not_here, settings_report
@@ -160,12 +160,12 @@ class LocalAdmin:
             )
             await self._caught_up()
             return report
-        files = self._catalog.files_of(storage) if storage else []
-        lost = last_copies(self._catalog, storage) if storage else []
+        dropped = sum(self._catalog.counts(storage).values()) if storage else 0
+        lost = await last_copies(self._catalog, storage) if storage else Lost()
         await self.detach_here(target)
         if storage and self._catalog.storage(storage) is not None:
-            files, lost = [], []  # others reach it
-        return detach_report(target, self._local.urls, dropped=len(files), lost=lost)
+            dropped, lost = 0, Lost()  # others reach it
+        return detach_report(target, self._local.urls, dropped=dropped, lost=lost)
 
     def _storage_here(self, target: str) -> StorageID | None:
         for path in self._local.paths():

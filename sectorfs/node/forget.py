@@ -17,10 +17,12 @@ from sectorfs.errors import NotFound, Refused, SectorFSError, Unreachable
 from sectorfs.index.catalog import Catalog
 from sectorfs.index.protocol import SectorIndex, StorageStatus
 from sectorfs.stores.transfer import PeerClient
-from sectorfs.types import SectorFile, StorageID
+from sectorfs.types import SectorFile, SectorID, StorageID
 
 NAMED = 5
 """Sector files that a message names; the rest is counted."""
+LISTED = 10_000
+"""Sectors that a report lists."""
 _FORCE = "use --force to detach it all the same"
 
 
@@ -36,7 +38,17 @@ class DetachReport(msgspec.Struct, kw_only=True):
     lost: int
     """Sector files nobody declares any more."""
     lost_sectors: list[str]
-    """The sectors of those, by ascending name."""
+    """The sectors of those, ascending; when they are very many, some of them."""
+
+
+class Lost(msgspec.Struct):
+    """Sector files that nobody would declare any more."""
+
+    files: int = 0
+    first: list[SectorFile] = []
+    """The first few, ascending."""
+    sectors: set[SectorID] = set()
+    """Their sectors, or the first `LISTED` of them."""
 
 
 async def forget(
@@ -53,28 +65,26 @@ async def forget(
     The catalog must be current. The last URL goes last, so a crash leaves it as it was, with fewer.
     """
     status = await _status(index, storage)
-    lost = last_copies(catalog, storage)
+    lost = await last_copies(catalog, storage)
     if not force:
         await _check_dead(status, peers, cutoff)
-        if lost:
+        if lost.files:
             raise Refused(_loss(lost), storage, _FORCE)
-    dropped = len(catalog.files_of(storage))
+    dropped = sum(catalog.counts(storage).values())
     for url in status.info.urls or ("",):
         with suppress(NotFound):  # it went meanwhile, which is what is wanted
             await index.detach(storage, url)
     return detach_report(storage, status.info.urls, dropped=dropped, lost=lost)
 
 
-def detach_report(
-    detached: str, urls: Sequence[str], *, dropped: int, lost: Sequence[SectorFile]
-) -> DetachReport:
+def detach_report(detached: str, urls: Sequence[str], *, dropped: int, lost: Lost) -> DetachReport:
     """What a detach came to."""
     return DetachReport(
         detached=detached,
         urls=list(urls),
         dropped=dropped,
-        lost=len(lost),
-        lost_sectors=[sector.name for sector in sorted({file.sector for file in lost})],
+        lost=lost.files,
+        lost_sectors=[sector.name for sector in sorted(lost.sectors)],
     )
 
 
@@ -89,22 +99,36 @@ async def _status(index: SectorIndex, storage: StorageID) -> StorageStatus:
     )
 
 
-def last_copies(catalog: Catalog, storage: StorageID) -> list[SectorFile]:
-    """Sector files that no other storage declares, ascending."""
-    alone = []
-    for file in catalog.files_of(storage):
-        entry = catalog.entry(file)
-        if entry is not None and all(one.storage == storage for one in entry.declarations):
-            alone.append(file)
-    return sorted(alone)
+async def last_copies(catalog: Catalog, storage: StorageID) -> Lost:
+    """Sector files that no other storage declares."""
+    lost = Lost()
+    after: SectorFile | None = None
+    while page := catalog.files_of(storage, after=after):
+        for file in page:
+            entry = catalog.entry(file)
+            if entry is not None and all(one.storage == storage for one in entry.declarations):
+                _count(lost, file)
+        after = page[-1]
+        await trio.lowlevel.checkpoint()  # a storage may have a million
+    return lost
 
 
-def _loss(lost: Sequence[SectorFile]) -> str:
+def _count(lost: Lost, file: SectorFile) -> None:
+    lost.files += 1
+    if len(lost.first) < NAMED:
+        lost.first.append(file)
+    if len(lost.sectors) < LISTED:
+        lost.sectors.add(file.sector)
+
+
+def _loss(lost: Lost) -> str:
     """``2 sectors lose their last copy: sealed/s-t01000-1, …``."""
-    sectors = len({file.sector for file in lost})
-    names = ", ".join(str(file) for file in lost[:NAMED])
-    more = f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
+    sectors = len(lost.sectors)
+    names = ", ".join(map(str, lost.first))
+    more = f" and {lost.files - NAMED} more" if lost.files > NAMED else ""
     whose = "1 sector loses its" if sectors == 1 else f"{sectors} sectors lose their"
+    if sectors == LISTED:
+        whose = f"at least {whose}"
     return f"{whose} last copy: {names}{more}"
 
 
