@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import stat
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from sectorfs.fuse import kernel, operations
 from sectorfs.fuse.inodes import PACKED, InodeKey, type_number
+from sectorfs.fuse.listings import KEPT_FOR, Listings
+from sectorfs.fuse.notifications import ForgetName, Notice
+from sectorfs.metrics import FUSE_REQUESTS
 from sectorfs.types import Facts, FileType, MemberFacts
 from tests.mount_fixtures import World, call, eventually, sector_file, shell
 
@@ -155,3 +160,114 @@ async def test_what_the_kernel_forgets_leaves_the_table(world: World) -> None:
         assert len(world.operations.inodes) == MANY
         await call(lambda: Path("/proc/sys/vm/drop_caches").write_text("2"))
         await eventually(lambda: len(world.operations.inodes) < MANY / 10)
+
+
+# Kept listings
+
+
+def asked(world: World) -> int:
+    """Pages the kernel asked for so far."""
+    return int(FUSE_REQUESTS.labels("readdir", "ok")._value.get())
+
+
+class Told:
+    """What the kernel was told, and a way to wait for it."""
+
+    def __init__(self, send: Callable[[Notice], bool]) -> None:
+        self._send = send
+        self._sent: set[Notice] = set()
+        self._marks = 0
+
+    def send(self, notice: Notice) -> bool:
+        known = self._send(notice)
+        self._sent.add(notice)
+        return known
+
+    async def everything(self, world: World) -> None:
+        """Wait until the kernel has all news that there are now."""
+        self._marks += 1
+        mark = sector_file(f"key/{self._marks}")
+        world.operations.notifications.forget_name(mark)
+        notice = ForgetName(type_number(FileType.KEY), mark.sector.name.encode())
+        await eventually(lambda: notice in self._sent)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    told = Told(operations._send)
+    monkeypatch.setattr(operations, "_send", told.send)
+    return told
+
+
+@pytest.fixture
+def kept(world: World) -> World:
+    if not kernel.prepare():
+        pytest.skip("the kernel keeps listings only with the extension")
+    for number in range(MANY):
+        world.catalog.declare(sector_file(f"sealed/{number}"), Facts(1, 1))
+        world.catalog.declare(sector_file(f"cache/{number}"), Facts(1, 1, ()))
+    return world
+
+
+async def test_the_kernel_keeps_a_listing(kept: World) -> None:
+    async with kept.mounted():
+        for folder in ("sealed", "cache"):
+            path = kept.mountpoint / folder
+            names = await call(partial(os.listdir, path))
+            before = asked(kept)
+            for _ in range(3):
+                assert await call(partial(os.listdir, path)) == names
+            assert asked(kept) == before
+
+
+async def test_a_name_that_comes_or_goes_is_in_the_next_listing(kept: World, told: Told) -> None:
+    async with kept.mounted():
+        path = kept.mountpoint / "sealed"
+        await call(partial(os.listdir, path))
+        for number in (MANY, MANY + 1):
+            kept.announce(kept.catalog.declare(sector_file(f"sealed/{number}"), Facts(1, 1)))
+            await told.everything(kept)
+            assert f"s-t01000-{number}" in await call(partial(os.listdir, path))
+        kept.announce(kept.catalog.drop(sector_file("sealed/5")))
+        await told.everything(kept)
+        assert "s-t01000-5" not in await call(partial(os.listdir, path))
+        assert not await call((path / "s-t01000-5").exists)
+
+
+async def test_a_listing_under_way_when_a_name_comes_is_not_kept(kept: World, told: Told) -> None:
+    async with kept.mounted():
+        path = kept.mountpoint / "sealed"
+        entries = await call(partial(os.scandir, path))
+        await call(lambda: next(entries))
+        kept.announce(kept.catalog.declare(sector_file(f"sealed/{MANY}"), Facts(1, 1)))
+        await told.everything(kept)
+        await call(lambda: path.stat().st_mtime_ns)
+        await call(lambda: list(entries))
+        assert f"s-t01000-{MANY}" in await call(partial(os.listdir, path))
+
+
+async def test_a_listing_opened_before_a_name_came_and_read_after_it_is_complete(
+    kept: World, told: Told
+) -> None:
+    async with kept.mounted():
+        path = kept.mountpoint / "sealed"
+        entries = await call(partial(os.scandir, path))
+        kept.announce(kept.catalog.declare(sector_file(f"sealed/{MANY}"), Facts(1, 1)))
+        await told.everything(kept)
+        await call(lambda: path.stat().st_mtime_ns)
+        assert len(await call(lambda: list(entries))) == MANY + 1
+        assert len(await call(partial(os.listdir, path))) == MANY + 1
+
+
+async def test_a_listing_is_read_anew_before_its_names_time_out(kept: World) -> None:
+    clock = [1000.0]
+    kept.operations.listings = Listings(
+        kept.operations.tree, kept.operations.inodes, lambda: clock[0]
+    )
+    async with kept.mounted():
+        path = kept.mountpoint / "sealed"
+        for passed, read in ((0, True), (1, False), (KEPT_FOR, True), (1, True), (1, False)):
+            clock[0] += passed
+            before = asked(kept)
+            assert len(await call(partial(os.listdir, path))) == MANY
+            assert (asked(kept) > before) == read, passed

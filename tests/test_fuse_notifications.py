@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import pytest
 
 from sectorfs.fuse.inodes import ROOT, Content, InodeKey, InodeTable, type_number
 from sectorfs.fuse.notifications import (
-    ForgetAttributes,
+    MISSED_FOR,
+    ForgetDirectory,
     ForgetName,
     Notice,
     Notifications,
+    deliver,
 )
 from sectorfs.fuse.tree import Tree
 from sectorfs.types import Facts, FileType, MemberFacts
-from tests.mount_fixtures import DictCatalog, sector_file
+from tests.mount_fixtures import Changed, DictCatalog, sector_file
 
 SEALED = type_number(FileType.SEALED)
 CACHE = type_number(FileType.CACHE)
@@ -28,15 +30,31 @@ SAME = MemberFacts("t_aux", 8, 1)
 
 
 class Fixture:
-    def __init__(self, limit: int = 100) -> None:
+    def __init__(self, limit: int = 100, missed_limit: int = 100) -> None:
         self.catalog = DictCatalog()
         self.inodes = InodeTable()
+        self.now = 1000.0
         tree = Tree(self.catalog, self.inodes)
-        self.notifications = Notifications(self.inodes, shown_types=tree.shown_types, limit=limit)
+        self.notifications = Notifications(
+            self.inodes,
+            shown_types=tree.shown_types,
+            limit=limit,
+            missed_limit=missed_limit,
+            clock=lambda: self.now,
+        )
         self.notifications.start()
 
+    def hold(self, text: str, content: Content | None = None) -> int:
+        """Have the kernel know a file."""
+        return self.inodes.look_up(InodeKey(sector_file(text), None, content))
+
+    def changed(self, *changes: Changed) -> list[Notice]:
+        """What the kernel is told of changes."""
+        self.notifications.changed(changes)
+        return self.taken()
+
     def taken(self) -> list[Notice]:
-        notices: Iterable[Notice] | None = self.notifications.take()
+        notices: Iterable[Notice] | None = self.notifications.take(0)
         assert notices is not None
         return list(notices)
 
@@ -46,29 +64,82 @@ def fixture() -> Fixture:
     return Fixture()
 
 
-def test_a_new_name_is_forgotten_as_missing_and_its_directories_change(fixture: Fixture) -> None:
-    fixture.notifications.changed([fixture.catalog.declare(sector_file("sealed/7"), Facts(1, 1))])
-    assert set(fixture.taken()) == {
+def test_a_name_that_appears_changes_its_directories(fixture: Fixture) -> None:
+    change = fixture.catalog.declare(sector_file("sealed/7"), Facts(1, 1))
+    assert fixture.changed(change) == [ForgetDirectory(SEALED), ForgetDirectory(ROOT)]
+
+
+def test_a_name_that_was_missed_is_forgotten_when_it_appears(fixture: Fixture) -> None:
+    fixture.notifications.missed(SEALED, b"s-t01000-7")
+    fixture.notifications.missed(CACHE, b"s-t01000-8")
+    change = fixture.catalog.declare(sector_file("sealed/7"), Facts(1, 1))
+    assert ForgetName(SEALED, b"s-t01000-7") in fixture.changed(change)
+    change = fixture.catalog.declare(sector_file("cache/8"), Facts(1, 1))
+    assert ForgetName(CACHE, b"s-t01000-8") in fixture.changed(change)
+
+
+@pytest.mark.parametrize(
+    ("passed", "told"), [(0, True), (MISSED_FOR, True), (MISSED_FOR * 2, False), (1e6, False)]
+)
+def test_a_name_counts_as_missed_for_a_while(fixture: Fixture, passed: float, told: bool) -> None:
+    fixture.notifications.missed(SEALED, b"s-t01000-7")
+    fixture.now += passed
+    change = fixture.catalog.declare(sector_file("sealed/7"), Facts(1, 1))
+    assert (ForgetName(SEALED, b"s-t01000-7") in fixture.changed(change)) == told
+
+
+def test_too_many_missed_names_are_not_told_apart() -> None:
+    fixture = Fixture(missed_limit=5)
+    for number in range(6):
+        fixture.notifications.missed(SEALED, b"s-t01000-%d" % number)
+    change = fixture.catalog.declare(sector_file("sealed/77"), Facts(1, 1))
+    assert ForgetName(SEALED, b"s-t01000-77") in fixture.changed(change)
+    fixture.now += MISSED_FOR * 2
+    change = fixture.catalog.declare(sector_file("sealed/78"), Facts(1, 1))
+    assert ForgetName(SEALED, b"s-t01000-78") not in fixture.changed(change)
+
+
+def test_a_thousand_names_are_one_piece_of_news(fixture: Fixture) -> None:
+    changes = [
+        fixture.catalog.declare(sector_file(f"{folder}/{number}"), Facts(1, 1))
+        for number in range(1000)
+        for folder in ("sealed", "cache")
+    ]
+    assert fixture.changed(*changes) == [
+        ForgetDirectory(SEALED),
+        ForgetDirectory(CACHE),
+        ForgetDirectory(ROOT),
+    ]
+
+
+def test_a_dropped_name_is_forgotten_by_a_kernel_that_holds_it(fixture: Fixture) -> None:
+    for text in ("sealed/7", "sealed/8", "cache/7", "cache/8"):
+        fixture.catalog.declare(sector_file(text), Facts(1, 1))
+    fixture.hold("sealed/7", Content(1, 1))
+    fixture.hold("cache/7")
+    texts = ("sealed/7", "sealed/8", "cache/7", "cache/8")
+    taken = fixture.changed(*[fixture.catalog.drop(sector_file(text)) for text in texts])
+    assert [notice for notice in taken if isinstance(notice, ForgetName)] == [
         ForgetName(SEALED, b"s-t01000-7"),
-        ForgetAttributes(SEALED),
-        ForgetAttributes(ROOT),
-    }
+        ForgetName(CACHE, b"s-t01000-7"),
+    ]
+    assert {ForgetDirectory(SEALED), ForgetDirectory(CACHE), ForgetDirectory(ROOT)} < set(taken)
 
 
-def test_a_dropped_name_is_forgotten(fixture: Fixture) -> None:
+def test_new_facts_concern_one_name_and_no_directory(fixture: Fixture) -> None:
     fixture.catalog.declare(sector_file("sealed/7"), Facts(1, 1))
-    fixture.notifications.changed([fixture.catalog.drop(sector_file("sealed/7"))])
-    assert set(fixture.taken()) == {
-        ForgetName(SEALED, b"s-t01000-7"),
-        ForgetAttributes(SEALED),
-        ForgetAttributes(ROOT),
-    }
+    change = fixture.catalog.declare(sector_file("sealed/7"), Facts(2, 2))
+    assert fixture.changed(change) == [], "the kernel does not know it"
+    fixture.hold("sealed/7", Content(2, 2))
+    change = fixture.catalog.declare(sector_file("sealed/7"), Facts(3, 3))
+    assert fixture.changed(change) == [ForgetName(SEALED, b"s-t01000-7")]
 
 
-def test_new_facts_concern_one_name(fixture: Fixture) -> None:
-    fixture.catalog.declare(sector_file("sealed/7"), Facts(1, 1))
-    fixture.notifications.changed([fixture.catalog.declare(sector_file("sealed/7"), Facts(2, 2))])
-    assert fixture.taken() == [ForgetName(SEALED, b"s-t01000-7")]
+def test_facts_that_become_known_concern_the_name(fixture: Fixture) -> None:
+    fixture.catalog.declare(sector_file("sealed/7"), None)
+    fixture.hold("sealed/7")
+    change = fixture.catalog.declare(sector_file("sealed/7"), Facts(3, 3))
+    assert fixture.changed(change) == [ForgetName(SEALED, b"s-t01000-7")]
 
 
 def test_new_facts_of_a_directory_concern_the_files_that_changed(fixture: Fixture) -> None:
@@ -77,7 +148,7 @@ def test_new_facts_of_a_directory_concern_the_files_that_changed(fixture: Fixtur
     directory = fixture.inodes.look_up(InodeKey(file))
     fixture.notifications.changed([fixture.catalog.declare(file, Facts(3, 2, (NEW, SAME)))])
     assert fixture.taken() == [
-        ForgetAttributes(directory),
+        ForgetDirectory(directory),
         ForgetName(directory, b"p_aux"),
         ForgetName(directory, b"sc-02"),
     ]
@@ -98,7 +169,7 @@ def test_facts_that_become_known_concern_every_file(fixture: Fixture) -> None:
     fixture.catalog.declare(file, None)
     directory = fixture.inodes.look_up(InodeKey(file))
     fixture.notifications.changed([fixture.catalog.declare(file, Facts(3, 2, (NEW,)))])
-    assert fixture.taken() == [ForgetAttributes(directory), ForgetName(directory, b"p_aux")]
+    assert fixture.taken() == [ForgetDirectory(directory), ForgetName(directory, b"p_aux")]
 
 
 def test_a_type_that_comes_or_goes_is_forgotten_in_the_root_and_only_then(
@@ -128,9 +199,10 @@ def test_one_name_asked_for_by_hand(fixture: Fixture) -> None:
 
 
 def test_equal_notices_wait_once(fixture: Fixture) -> None:
-    for size in range(50):
-        change = fixture.catalog.declare(sector_file("sealed/7"), Facts(size, 1))
+    for number in range(50):
+        change = fixture.catalog.declare(sector_file(f"sealed/{number}"), Facts(1, 1))
         fixture.notifications.changed([change])
+        fixture.notifications.forget_name(sector_file("sealed/7"))
     assert len(fixture.taken()) == 3
 
 
@@ -141,15 +213,17 @@ def test_an_overflow_becomes_forget_everything() -> None:
     fixture.inodes.look_up(InodeKey(held, None, Content(1, 1)))
     above = fixture.inodes.look_up(InodeKey(directory))
     fixture.inodes.look_up(InodeKey(directory, member.name, Content(1, 1)))
+    for number in range(1000):
+        fixture.notifications.missed(SEALED, b"s-t01000-%d" % number)
     fixture.notifications.changed(
         fixture.catalog.declare(sector_file(f"sealed/{number}"), None) for number in range(1000)
     )
     taken = fixture.taken()
     for file_type in FileType:
         assert ForgetName(ROOT, file_type.dir_name.encode()) in taken
-        assert ForgetAttributes(type_number(file_type)) in taken
-    assert ForgetAttributes(ROOT) in taken
-    assert ForgetAttributes(above) in taken
+        assert ForgetDirectory(type_number(file_type)) in taken
+    assert ForgetDirectory(ROOT) in taken
+    assert ForgetDirectory(above) in taken
     assert ForgetName(SEALED, b"s-t01000-5") in taken
     assert ForgetName(CACHE, b"s-t01000-6") in taken
     assert ForgetName(above, b"p_aux") in taken
@@ -198,3 +272,77 @@ def test_taking_waits_for_the_start_and_ends_with_close() -> None:
     notifications.forget_name(sector_file("sealed/7"))
     assert notifications.closed
     assert notifications.take() is None
+
+
+class Impatient(Notifications):
+    """Ends where the thread would wait for news; time passes where it would wait for that."""
+
+    now = 0.0
+
+    def take(self, patience: float | None = None) -> Iterator[Notice] | None:
+        if not self._queue:
+            self.now += patience or 0
+        return super().take(0) if patience is not None or self._queue else None
+
+
+def repeated(inodes: InodeTable, notice: ForgetDirectory, known_after: int) -> list[float]:
+    """When a notice is sent to a kernel that knows what it is about after so many of them."""
+    notifications = Impatient(inodes, shown_types=tuple)
+    notifications.start()
+    notifications._put([notice])
+    sent: list[float] = []
+
+    def send(taken: Notice) -> bool:
+        assert taken == notice
+        sent.append(notifications.now)
+        return len(sent) > known_after
+
+    deliver(notifications, send, pauses=(1, 2, 4), clock=lambda: notifications.now)
+    return sent
+
+
+@pytest.mark.parametrize(
+    ("known_after", "times"), [(0, [0]), (1, [0, 1]), (3, [0, 1, 3, 7]), (9, [0, 1, 3, 7])]
+)
+def test_news_of_a_directory_that_is_being_looked_up_are_repeated(
+    known_after: int, times: list[float]
+) -> None:
+    inodes = InodeTable()
+    held = inodes.look_up(InodeKey(sector_file("cache/7")))
+    for number in (held, SEALED, ROOT):
+        assert repeated(inodes, ForgetDirectory(number), known_after) == times
+
+
+def test_news_of_what_nobody_holds_are_told_once() -> None:
+    assert repeated(InodeTable(), ForgetDirectory(12345), 9) == [0]
+
+
+def test_newer_news_of_a_directory_take_the_place_of_repeated_ones() -> None:
+    notifications = Impatient(InodeTable(), shown_types=tuple)
+    notifications.start()
+    notifications._put([ForgetDirectory(SEALED)])
+    sent: list[float] = []
+
+    def send(notice: Notice) -> bool:
+        sent.append(notifications.now)
+        if len(sent) == 2:
+            notifications._put([ForgetDirectory(SEALED)])
+        return False
+
+    deliver(notifications, send, pauses=(1, 2), clock=lambda: notifications.now)
+    assert sent == [0, 1, 1, 2, 4]
+
+
+def test_nothing_is_sent_after_the_end() -> None:
+    notifications = Impatient(InodeTable(), shown_types=tuple)
+    notifications.start()
+    notifications._put([ForgetDirectory(SEALED), ForgetDirectory(CACHE)])
+    sent: list[Notice] = []
+
+    def send(notice: Notice) -> bool:
+        sent.append(notice)
+        notifications.close()
+        return True
+
+    deliver(notifications, send)
+    assert sent == [ForgetDirectory(SEALED)]

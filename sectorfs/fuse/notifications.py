@@ -1,12 +1,23 @@
 """What the kernel must forget, and the bounded queue of it. No kernel here, and no thread.
 
-The loop fills the queue (`changed`, `forget_name`), one thread empties it (`take`), because the
+The loop fills the queue (`changed`, `forget_name`), one thread empties it (`deliver`), because the
 kernel may block a notification for as long as a request on the same directory is in flight; on the
 loop, which has to answer that request, this would be a deadlock.
+
+Only what the kernel may know is worth a notice: names whose inode it holds, and names that it was
+told not to exist a moment ago. Thousands of names may come in a second, and each notice about one
+stops all who read its directory. A directory is told of once for each batch of changes: what the
+kernel keeps of its listing goes with its attributes.
 
 Regular files need no notification of their own inode. New content gets a new number, so the pages
 and attributes of the old one stay true for those who have it open, and dropping pages would wait
 for every read in flight: one hung disk would hold up the news of all others.
+
+No answer that is older than a notice survives it. For names the kernel sees to that: a look-up
+keeps its directory locked until the answer is in the cache, and a notice waits for the lock. For
+attributes it compares versions, but of inodes it has, and the first look-up of a directory may be
+answered while it has none: then the notice fails, the older attributes come to life after it, and
+would stay for their whole time. So a notice about a directory that ought to be known is repeated.
 
 The queue is a set in order of arrival. When it is full, it is replaced by one order to forget
 everything: the names of the type directories and every inode that the kernel holds.
@@ -15,16 +26,33 @@ everything: the names of the type directories and every inode that the kernel ho
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import msgspec
 
-from sectorfs.fuse.inodes import ROOT, InodeKey, InodeTable, type_number
+from sectorfs.fuse.inodes import (
+    ROOT,
+    Content,
+    InodeKey,
+    InodeTable,
+    number_type,
+    type_number,
+)
 from sectorfs.types import Facts, FileType, SectorFile
 
 DEFAULT_LIMIT = 65536
 """Notices kept before all names are forgotten instead."""
+MISSED_FOR = 10.0
+"""Seconds, at least, that a name counts as missed. The kernel believes it for a tenth of that, but
+from when the process that asked gets to run."""
+MISSED_LIMIT = 10_000
+"""Missed names that are told apart."""
+AGAIN = (0.02, 0.2, 1.0)
+"""Seconds until a notice is repeated: the process that was answered may not have run yet."""
+AGAIN_LIMIT = 4096
+"""Notices waiting to be repeated: as many as there can be answers on their way, about."""
 
 
 class Change(Protocol):
@@ -58,13 +86,44 @@ class ForgetName(msgspec.Struct, frozen=True):
     name: bytes
 
 
-class ForgetAttributes(msgspec.Struct, frozen=True):
-    """Drop the cached attributes of a directory."""
+class ForgetDirectory(msgspec.Struct, frozen=True):
+    """Drop the cached attributes of a directory, and its listing."""
 
     number: int
 
 
-Notice = ForgetName | ForgetAttributes
+Notice = ForgetName | ForgetDirectory
+
+
+class _Missed:
+    """Names that the kernel was told not to exist, in two generations: the older one goes."""
+
+    def __init__(self, clock: Callable[[], float], limit: int) -> None:
+        self._clock = clock
+        self._limit = limit
+        self._since = clock()
+        self._now: set[ForgetName] = set()
+        self._before: set[ForgetName] = set()
+        self._uncounted = -MISSED_FOR * 2  # when a name was last too many
+
+    def add(self, notice: ForgetName) -> None:
+        self._age()
+        if len(self._now) < self._limit:
+            self._now.add(notice)
+        else:
+            self._uncounted = self._clock()
+
+    def __contains__(self, notice: ForgetName) -> bool:
+        self._age()
+        known = notice in self._now or notice in self._before
+        return known or self._clock() < self._uncounted + MISSED_FOR
+
+    def _age(self) -> None:
+        passed = self._clock() - self._since
+        if passed >= MISSED_FOR:
+            self._before = self._now if passed < MISSED_FOR * 2 else set()
+            self._now = set()
+            self._since = self._clock()
 
 
 class Notifications:
@@ -76,11 +135,14 @@ class Notifications:
         *,
         shown_types: Callable[[], Iterable[FileType]],
         limit: int = DEFAULT_LIMIT,
+        missed_limit: int = MISSED_LIMIT,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._inodes = inodes
         self._shown_types = shown_types
         self._shown = frozenset(shown_types())
         self._limit = limit
+        self._missed = _Missed(clock, missed_limit)
         self._ready = threading.Condition()
         self._queue: dict[Notice, None] = {}
         self._everything = False
@@ -94,20 +156,39 @@ class Notifications:
 
     def changed(self, changes: Iterable[Change]) -> None:
         """Queue what these changes of the catalog make untrue; never waits for the kernel."""
-        self._put(self._of_types())
-        self._put(notice for change in changes for notice in self._of(change))
+        notices: list[Notice] = list(self._of_types())
+        directories: set[FileType] = set()
+        for change in changes:
+            notices += self._of(change)
+            if change.appeared or change.vanished:
+                directories.add(change.file.file_type)
+        notices += [ForgetDirectory(type_number(one)) for one in sorted(directories)]
+        if directories:
+            notices.append(ForgetDirectory(ROOT))  # its time is the latest of its directories
+        self._put(notices)
+
+    def missed(self, parent: int, name: bytes) -> None:
+        """A look-up was answered with "no such name": its appearance will be news."""
+        self._missed.add(ForgetName(parent, name))
+
+    def expects(self, notice: Notice) -> bool:
+        """True when the kernel ought to know the directory that a notice is about."""
+        if not isinstance(notice, ForgetDirectory):
+            return False
+        number = notice.number
+        return number == ROOT or number_type(number) is not None or number in self._inodes
 
     def forget_name(self, file: SectorFile, member: str | None = None) -> None:
         """Queue one name, so that its next look-up asks again."""
         self._put(self._name_of(file, member))
 
-    def take(self) -> Iterator[Notice] | None:
+    def take(self, patience: float | None = None) -> Iterator[Notice] | None:
         """Everything queued so far; waits while there is nothing; None after `close`.
 
-        For the notifying thread only.
+        Nothing once patience has ended. For the notifying thread only.
         """
         with self._ready:
-            self._ready.wait_for(self._is_news)
+            self._ready.wait_for(self._is_news, patience)
             if self._closed:
                 return None
             queue, everything = self._queue, self._everything
@@ -149,16 +230,18 @@ class Notifications:
         self._shown = shown
 
     def _of(self, change: Change) -> Iterator[Notice]:
-        file = change.file
-        directory = type_number(file.file_type)
-        if change.appeared or change.vanished:
-            yield from self._name_of(file, None)
-            yield ForgetAttributes(directory)
-            yield ForgetAttributes(ROOT)  # its time is the latest of its directories
-        elif not file.file_type.is_directory:
-            yield from self._name_of(file, None)
+        file, facts = change.file, change.before
+        name = ForgetName(type_number(file.file_type), file.sector.name.encode())
         if file.file_type.is_directory:
-            yield from self._of_members(file, change.before, change.after)
+            if change.vanished and self._inodes.number(InodeKey(file)) in self._inodes:
+                yield name
+            yield from self._of_members(file, facts, change.after)
+        elif not change.appeared:
+            content = Content(facts.size, facts.mtime_ns) if facts else None
+            if self._inodes.number(InodeKey(file, None, content)) in self._inodes:
+                yield name
+        if change.appeared and name in self._missed:
+            yield name
 
     def _of_members(
         self, file: SectorFile, before: Facts | None, after: Facts | None
@@ -166,7 +249,7 @@ class Notifications:
         number = self._inodes.number(InodeKey(file))
         if number not in self._inodes:
             return  # the kernel knows nothing below it
-        yield ForgetAttributes(number)
+        yield ForgetDirectory(number)
         changed = set((before.members if before else None) or ())
         changed ^= set((after.members if after else None) or ())
         for name in sorted({member.name for member in changed}):
@@ -184,12 +267,46 @@ class Notifications:
         """Every name and directory the kernel may hold; runs in the notifying thread."""
         for file_type in FileType:
             yield ForgetName(ROOT, file_type.dir_name.encode())
-            yield ForgetAttributes(type_number(file_type))
-        yield ForgetAttributes(ROOT)
+            yield ForgetDirectory(type_number(file_type))
+        yield ForgetDirectory(ROOT)
         for number in self._inodes.numbers():
             key = self._inodes.key(number)
             if key is None:
                 continue
             if key.is_directory:
-                yield ForgetAttributes(number)
+                yield ForgetDirectory(number)
             yield from self._name_of(key.file, key.member)
+
+
+def deliver(
+    notifications: Notifications,
+    send: Callable[[Notice], bool],
+    *,
+    pauses: tuple[float, ...] = AGAIN,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """The notifying thread: hand notices to the kernel one by one until `close`.
+
+    `send` says whether the kernel knew what the notice is about.
+    """
+    later: dict[Notice, tuple[float, int]] = {}  # when to repeat it, and how often it failed
+
+    def attempt(notice: Notice, failed: int) -> None:
+        later.pop(notice, None)
+        if notifications.closed or send(notice) or not notifications.expects(notice):
+            return
+        if failed < len(pauses) and len(later) < AGAIN_LIMIT:
+            later[notice] = (clock() + pauses[failed], failed + 1)
+
+    while True:
+        due = min((at for at, _ in later.values()), default=None)
+        patience = None if due is None else max(0.0, due - clock())
+        notices = notifications.take(patience)
+        if notices is None:
+            return
+        for notice in notices:
+            attempt(notice, 0)
+        now = clock()
+        for notice, (at, failed) in list(later.items()):
+            if at <= now:
+                attempt(notice, failed)

@@ -34,14 +34,13 @@ from sectorfs.errors import MountFailed, ReadOnly, SectorFSError
 from sectorfs.fuse import mounts, xattrs
 from sectorfs.fuse.handles import Handles, Invalidate, OnStale
 from sectorfs.fuse.interrupts import Interrupts
-from sectorfs.fuse.notifications import ForgetName, Notice, Notifications
+from sectorfs.fuse.listings import Listings
+from sectorfs.fuse.notifications import Change, ForgetName, Notice, Notifications, deliver
 from sectorfs.fuse.tree import (
-    DOTS,
     NAME_MAX,
     NEGATIVE_FOR,
     Attributes,
     CatalogView,
-    Listing,
     Tree,
     space,
 )
@@ -58,10 +57,6 @@ MAX_TASKS = 4000
 """Requests answered at a time. 130 readers of one hung disk filled pyfuse3's own 99."""
 STOP_PATIENCE = 1.0
 """Seconds each of the four steps at the end of the mount may take: a stop has five in all."""
-MIN_PAGE_ROWS = 16
-"""Names that are asked of the catalog for one page, at least; more once pages prove to be big."""
-ROW_BYTES = 176
-"""Bytes a name takes in the kernel's buffer, about."""
 
 _BLOCK = 4096
 
@@ -150,8 +145,8 @@ class SectorOperations(pyfuse3.Operations):
             PageReply(pyfuse3.readdir_reply, pyfuse3.ReaddirToken(), pyfuse3.EntryAttributes())
         )
         """Names of type directories go to the kernel a page at a time, not one by one."""
-        self._page_rows = MIN_PAGE_ROWS
         self.tree = Tree(catalog, self.inodes, types=config.types)
+        self.listings = Listings(self.tree, self.inodes, trio.current_time)
         self.notifications = Notifications(self.inodes, shown_types=self.tree.shown_types)
         invalidate: Invalidate = self.notifications.forget_name
         self.handles = Handles(
@@ -172,6 +167,7 @@ class SectorOperations(pyfuse3.Operations):
         if found is None and await self.handles.learn(parent_inode):
             found = self.tree.lookup(parent_inode, name)
         if found is None:
+            self.notifications.missed(parent_inode, name)
             return _no_such_entry()
         if found.key is not None:
             self.inodes.look_up(found.key)
@@ -206,7 +202,10 @@ class SectorOperations(pyfuse3.Operations):
     ) -> pyfuse3.FileHandleT:
         """Take a snapshot of a directory."""
         await self.handles.learn(inode)
-        return self.handles.open_directory(inode)
+        handle = self.handles.open_directory(inode)
+        if self.listings.may_be_kept(inode):
+            kernel.mark_open(handle, cache_directory=True)
+        return pyfuse3.FileHandleT(handle)
 
     @replies
     async def readdir(
@@ -214,6 +213,8 @@ class SectorOperations(pyfuse3.Operations):
     ) -> None:
         """List names with attributes until the kernel's buffer is full."""
         listing = self.handles.directory(fh, rewind=start_id == 0)
+        if start_id == 0:
+            self.listings.begun(listing)
         in_pages = self.writes_pages and listing.file_type is not None
         entries = (self.tree.dots if in_pages else self.tree.entries)(listing, start_id)
         for position, entry in entries:
@@ -223,19 +224,9 @@ class SectorOperations(pyfuse3.Operations):
             if entry.key is not None:
                 self.inodes.look_up(entry.key)
         if in_pages:
-            self._write_page(listing, max(start_id, DOTS), token)
-
-    def _write_page(self, listing: Listing, position: int, token: pyfuse3.ReaddirToken) -> None:
-        """Write names until one is written: an empty reply would be the end of the listing."""
-        file_type = listing.file_type
-        assert file_type is not None
-        to = PageReply(pyfuse3.readdir_reply, token, self._entry(self.tree.pattern(file_type)))
-        while rows := self.tree.rows(listing, position, self._page_rows):
-            page = self.inodes.write_page(rows, file_type, position, to)
-            position += page.taken
-            if page.written or page.taken < len(rows):
-                self._page_rows = max(MIN_PAGE_ROWS, page.written + page.left // ROW_BYTES)
-                break
+            pattern = self._entry(self.tree.pattern(listing.directory))
+            to = PageReply(pyfuse3.readdir_reply, token, pattern)
+            self.listings.write_page(listing, start_id, to)
 
     @replies
     async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
@@ -376,7 +367,10 @@ class Mount:
         self.ended = trio.Event()
         """Set once nothing answers the kernel any more."""
         self._notifier = threading.Thread(
-            target=_notify, args=(operations.notifications,), name="notifications", daemon=True
+            target=deliver,
+            args=(operations.notifications, _send),
+            name="notifications",
+            daemon=True,
         )
 
     async def __aenter__(self) -> Mount:
@@ -476,32 +470,21 @@ def _init(operations: SectorOperations, path: str, options: set[str]) -> None:
         raise MountFailed("the kernel refused the mount", path, hint) from exc
 
 
-def _notify(notifications: Notifications) -> None:
-    """The notifying thread: hand notices to the kernel one by one."""
-    while (notices := notifications.take()) is not None:
-        for notice in notices:
-            if notifications.closed:
-                return
-            try:
-                _send(notice)
-            except FileNotFoundError:
-                continue  # the kernel does not know it
-            except OSError as exc:
-                log.log(
-                    logging.DEBUG if exc.errno in _ENDED else logging.WARNING,
-                    "notification %s: %s",
-                    notice,
-                    exc,
-                )
-            except Exception:
-                log.exception("notification %s", notice)
-
-
 _ENDED = (errno.ENODEV, errno.ENOTCONN, errno.EBADF, errno.ECONNABORTED)
 
 
-def _send(notice: Notice) -> None:
-    if isinstance(notice, ForgetName):
-        pyfuse3.invalidate_entry(notice.parent, notice.name)
-    else:
-        pyfuse3.invalidate_inode(notice.number, attr_only=True)
+def _send(notice: Notice) -> bool:
+    """Hand a notice to the kernel; False when it does not know what the notice is about."""
+    try:
+        if isinstance(notice, ForgetName):
+            pyfuse3.invalidate_entry(notice.parent, notice.name)
+        else:
+            pyfuse3.invalidate_inode(notice.number)
+    except FileNotFoundError:
+        return False
+    except OSError as exc:
+        level = logging.DEBUG if exc.errno in _ENDED else logging.WARNING
+        log.log(level, "notification %s: %s", notice, exc)
+    except Exception:
+        log.exception("notification %s", notice)
+    return True

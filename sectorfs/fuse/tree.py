@@ -263,9 +263,10 @@ class Tree:
             file_type, cast("Sequence[SectorID]", names), start - DOTS, limit
         )
 
-    def pattern(self, file_type: FileType) -> Attributes:
+    def pattern(self, directory: int) -> Attributes:
         """What the names of a type's directory have in common."""
-        if file_type.is_directory:
+        file_type = number_type(directory)
+        if file_type is not None and file_type.is_directory:
             return Attributes(0, _DIRECTORY_MODE, 2, 0, 0)
         return Attributes(0, _FILE_MODE, 1, 0, 0)
 
