@@ -62,7 +62,7 @@ class Arrivals:
     def came(self, offset: int, data: bytes) -> None:
         """Bytes came into memory."""
         old = self._fresh.pop(offset, b"")
-        self._fresh[offset] = data
+        self._fresh[offset] = data = max(old, data, key=len)
         self._fresh_bytes += len(data) - len(old)
         self._there.add(offset, offset + len(data))
         if self.kept is not None:

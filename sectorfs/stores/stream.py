@@ -160,6 +160,7 @@ class Stream:
                 data = await self._take(offset, end)
                 if data is not None:
                     return data
+                await trio.lowlevel.checkpoint()
             with self._waiting(offset, end) as requests:
                 for request in requests:
                     await self._wait(request, offset, end)
@@ -259,6 +260,8 @@ class Stream:
             tried.add(source)
             try:
                 async with self._carrier.place(source, request.priority):
+                    if request.leader is not None:
+                        return  # taken along in the moment it was let in
                     request.queued = False
                     self._gather(request)
                     await self._transfer(source, request)
