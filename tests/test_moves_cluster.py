@@ -41,6 +41,7 @@ from tests.cluster_fixtures import (
     sector_file,
     storages,
 )
+from tests.hung_disk import hung_disk
 
 BEAT = {"index": {"heartbeat": 0.3, "cutoff": 5}, "storage": {"settle": 0.05}}
 MEMBERS = {"p_aux": 64, "t_aux": 317, "sc-02-data-tree-r-last.dat": 400_000}
@@ -379,6 +380,36 @@ def test_a_full_destination_leaves_the_source(tmp_path: Path) -> None:
             assert drained.returncode == 1
             assert set(locations(one, "sealed/s-t01000-1")) == {origin}
             assert list((small / "path").rglob("s-t0*")) == []
+
+
+@pytest.mark.mount
+def test_a_disk_that_fails_is_named_marked_and_used_again(tmp_path: Path) -> None:
+    name = "sealed/s-t01000-1"
+    with hung_disk(tmp_path) as disk, cluster(tmp_path, "one", "two") as (one, two):
+        for node in (one, two):
+            configure(node, **BEAT)
+        one.start()
+        two.start(index=one)
+        put(tmp_path / "well" / name, noise("well", SIZE))
+        origin, target = attach(one, tmp_path / "well"), attach(two, disk.path)
+        until("declared", lambda: locations(one, name))
+        until("healthy", lambda: storages(one)[target].healthy)
+        disk.fail("write", after=SIZE // 2, only="s-t0")
+        result = run("sector", "move", name, "--to", target, repo=one.repo.root)
+        assert result.returncode == 1
+        assert f"{disk.path}" in result.stderr
+        assert "Input/output error" in result.stderr
+        assert set(locations(one, name)) == {origin}
+        disk.fail("read")
+        until("the reason", lambda: "Input/output error" in (storages(one)[target].error or ""))
+        refused = run("sector", "move", name, "--to", target, repo=one.repo.root)
+        assert refused.returncode == 1
+        assert "Input/output error" in refused.stderr
+        disk.go()
+        until("healthy again", lambda: storages(one)[target].healthy)
+        one.call("sector", "move", name, "--to", target)
+        assert set(locations(one, name)) == {target}
+        assert (disk.source / name).read_bytes() == noise("well", SIZE)
 
 
 @pytest.mark.mount

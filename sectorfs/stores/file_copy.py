@@ -28,6 +28,8 @@ class FileCopy:
         """`thing` is the source; what fails with an `OSError` is the target."""
         self.done = 0
         """Bytes of the source that need no more copying."""
+        self.reading = False
+        """It is the source that is being waited for."""
         self._size = size
         self._thing = thing
         self._in_kernel = True
@@ -81,7 +83,10 @@ class FileCopy:
         return copied
 
     def _read(self, source: int, size: int, offset: int) -> bytes:
+        self.reading = True
         try:
             return os.pread(source, size, offset)
         except OSError as exc:
             raise from_os(exc, "cannot be read", self._thing) from exc
+        finally:
+            self.reading = False

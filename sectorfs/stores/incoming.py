@@ -12,13 +12,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import trio
 
-from sectorfs.errors import Refused, SectorFSError, SourceFailed, Stale
+from sectorfs.errors import (
+    Refused,
+    SectorFSError,
+    SourceFailed,
+    Stale,
+    StorageUnavailable,
+    from_os,
+)
 from sectorfs.stores.file_copy import FileCopy
 from sectorfs.stores.lanes import Descriptor, Lane
 from sectorfs.stores.local_path import LocalPath
@@ -114,7 +121,8 @@ class Incoming:
     async def copy(self, source: str, seen: Seen, progress: Progress) -> None:
         """Copy every part from another storage path."""
         for part in seen.parts:
-            reader = await self._open(partial(_open_part, source, part))
+            with _naming(_part(source, part)):
+                reader = await self._open(partial(_open_part, source, part))
             try:
                 writer = await self.create(part.name)
                 try:
@@ -138,7 +146,8 @@ class Incoming:
         more = True
         while more:
             before = state.done
-            more = await self._lane.run(step, what=f"copy {self._file}")
+            with _naming(where, when=lambda: state.reading):
+                more = await self._lane.run(step, what=f"copy {self._file}")
             progress(state.done - before)
             if state.done - synced >= SYNC_EVERY:
                 synced = state.done
@@ -251,11 +260,25 @@ def _part(where: str, part: Part) -> str:
 
 def _open_part(source: str, part: Part) -> int:
     name = _part(source, part)
-    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as exc:
+        raise from_os(exc, "cannot be opened", name) from exc
     if not _is_part(os.fstat(fd), part):
         os.close(fd)
         raise Stale("changed while it was moved", name)
     return fd
+
+
+@contextmanager
+def _naming(source: str, *, when: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Name the source in the error for a disk that does not answer: its calls are in our lane."""
+    try:
+        yield
+    except StorageUnavailable as exc:
+        if not when():
+            raise
+        raise StorageUnavailable(exc.what, source, exc.hint) from exc
 
 
 def _is_part(found: os.stat_result, part: Part) -> bool:
