@@ -1,0 +1,263 @@
+"""Files that change under their readers: each reader has one content, and none has an error.
+
+With and without the extension for the kernel. Versions of a file are told apart by every one of
+their bytes, so that a read which mixes two of them cannot pass.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import mmap
+import os
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import Node, until, write
+from tests.cluster_fixtures import attach
+from tests.tools_fixtures import MIB, WAYS, MountedDisks, mounted_disks, node_of
+
+pytestmark = pytest.mark.mount
+
+THREADS = 16
+SIZES = (64 << 10, 3 * MIB // 2)
+"""Of small files, and of files that the kernel may read without the daemon."""
+
+
+def version(name: str, number: int, size: int) -> bytes:
+    """A content that says in every 32 bytes whose and which it is."""
+    return f"{name[-20:]:>22}{number:>9}\n".encode() * (size // 32)
+
+
+# --- one change at a time ---
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def disks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[MountedDisks]:
+    with mounted_disks(tmp_path_factory.mktemp("changes"), request.param) as found:
+        yield found
+
+
+class Reader:
+    """One that has a file open and mapped, and has read only its first bytes."""
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        self._content = content
+        self.fd = os.open(path, os.O_RDONLY)
+        self._view = mmap.mmap(self.fd, 0, prot=mmap.PROT_READ)
+        self.number = os.fstat(self.fd).st_ino
+        assert os.pread(self.fd, 32, 0) == content[:32]
+
+    def check(self) -> None:
+        """Everything is as it was when it was opened."""
+        size = len(self._content)
+        assert os.fstat(self.fd).st_size == size
+        assert os.pread(self.fd, size + 1, 0) == self._content
+        assert self._view[:] == self._content
+
+    def close(self) -> None:
+        self._view.close()
+        os.close(self.fd)
+
+
+def test_readers_keep_what_they_opened_while_files_change(disks: MountedDisks) -> None:
+    """Replaced, dropped and come back; on every file system at once, small and large."""
+    names = [
+        (disk.root, disk.own("sealed", 20 + step), size)
+        for disk in disks.disks.values()
+        for step, size in enumerate(SIZES)
+    ]
+    with ExitStack() as stack:
+        readers: list[Reader] = []
+
+        def put_and_open(number: int, extra: int) -> list[Reader]:
+            for root, name, size in names:
+                write(root / name, version(name, number, size + extra))
+            opened = []
+            for _, name, size in names:
+                content = version(name, number, size + extra)
+                until(f"{name} {number}", lambda name=name, c=content: holds(name, c))
+                opened.append(Reader(disks.seen(name), content))
+                stack.callback(opened[-1].close)
+            readers.extend(opened)
+            return opened
+
+        def holds(name: str, content: bytes) -> bool:
+            try:
+                return disks.seen(name).read_bytes() == content
+            except FileNotFoundError:
+                return False
+
+        first = put_and_open(1, 0)
+        second = put_and_open(2, 0)
+        for before, after in zip(first, second, strict=True):
+            assert before.number != after.number, "new content has a new number"
+        put_and_open(3, 32)
+        for root, name, _ in names:
+            (root / name).unlink()
+        for _, name, _ in names:
+            until(f"{name} to vanish", lambda name=name: not disks.seen(name).exists())
+        for reader in readers:
+            reader.check()
+        put_and_open(4, -32)
+        for reader in readers:
+            reader.check()
+
+
+def test_the_next_open_sees_what_replaced_a_file(disks: MountedDisks) -> None:
+    """At once where it lies, however often it changes and whoever has it open."""
+    disk = next(iter(disks.disks.values()))
+    names = [(disk.own("sealed", 40 + step), size) for step, size in enumerate(SIZES)]
+    for name, size in names:
+        write(disk.root / name, version(name, 0, size))
+        until(name, disks.seen(name).exists)
+    with ExitStack() as stack:
+        readers = []
+        for number, (name, size) in itertools.product(range(1, 3), names):
+            content = version(name, number, size)
+            write(disk.root / name, content)
+            readers.append(Reader(disks.seen(name), content))
+            stack.callback(readers[-1].close)
+        for reader in readers:
+            reader.check()
+
+
+# --- many changes while many read ---
+
+
+class Load:
+    """Threads that open, read and map files all the time, and what they found."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._paths = paths
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self.reads: Counter[tuple[str, int]] = Counter()
+        """By name and version."""
+        self.wrong: Counter[str] = Counter()
+        self._threads = [
+            threading.Thread(target=self._run, args=(number,), daemon=True)
+            for number in range(THREADS)
+        ]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(60)
+        assert not any(thread.is_alive() for thread in self._threads), "a reader hangs"
+
+    def _run(self, number: int) -> None:
+        choice = random.Random(number)
+        ways = itertools.cycle([self._read, self._map, self._read_twice])
+        while not self._stop.is_set():
+            path, way = choice.choice(self._paths), next(ways)
+            try:
+                data = way(path)
+            except OSError as exc:
+                self._note(f"{way.__name__}: {errno.errorcode[exc.errno or 0]}")
+                continue
+            if not data or data != data[:32] * (len(data) // 32):
+                self._note(f"{way.__name__}: {len(data)} bytes of several versions")
+            elif data[:22].decode().strip() not in str(path):
+                self._note(f"{way.__name__}: another file's bytes")
+            else:
+                with self._lock:
+                    self.reads[path.name, int(data[22:31])] += 1
+
+    def _note(self, problem: str) -> None:
+        with self._lock:
+            self.wrong[problem] += 1
+
+    def _read(self, path: Path) -> bytes:
+        return path.read_bytes()
+
+    def _map(self, path: Path) -> bytes:
+        with path.open("rb", buffering=0) as file:
+            with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
+                return view[:]
+
+    def _read_twice(self, path: Path) -> bytes:
+        """Through one handle, with another open between; a mixture when they differ."""
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            size = os.fstat(fd).st_size
+            first = os.pread(fd, size, 0)
+            self._read(path)
+            return first if os.pread(fd, size, 0) == first else first + b"?"
+        finally:
+            os.close(fd)
+
+
+@pytest.fixture(params=WAYS)
+def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Node]]:
+    """Starts mounted nodes that read one way; all are ended."""
+    with ExitStack() as stack:
+
+        def started(name: str, index: Node | None = None) -> Node:
+            node = node_of(tmp_path, request.param, name)
+            stack.callback(node.end)
+            node.start(mount=True, index=index)
+            return node
+
+        yield started
+
+
+@pytest.fixture
+def owner(start: Callable[..., Node], tmp_path: Path) -> Node:
+    """A node with small and large files on its disk."""
+    node = start("owner")
+    for name, size in SWITCHED.items():
+        write(tmp_path / "disk" / name, version(name, 0, size))
+    attach(node, tmp_path / "disk")
+    until("the files", lambda: all(path.exists() for path in seen_by(node)))
+    return node
+
+
+SWITCHED = dict(
+    zip((f"sealed/s-t01000-{number}" for number in range(6)), itertools.cycle(SIZES), strict=False)
+)
+ROUNDS = 6
+
+
+def seen_by(node: Node) -> list[Path]:
+    return [node.mountpoint / name for name in SWITCHED]
+
+
+def test_files_replaced_while_sixteen_threads_read(owner: Node, tmp_path: Path) -> None:
+    with Load(seen_by(owner)) as load:
+        for number in range(1, ROUNDS):
+            for name, size in SWITCHED.items():
+                write(tmp_path / "disk" / name, version(name, number, size))
+            for name in SWITCHED:
+                wanted = (Path(name).name, number)
+                until(f"{wanted} to be read", lambda wanted=wanted: load.reads[wanted] >= 3)
+    assert load.wrong == {}
+    assert sum(load.reads.values()) > ROUNDS * len(SWITCHED) * 3
+
+
+def test_copies_evicted_while_sixteen_threads_read(owner: Node, start: Callable[..., Node]) -> None:
+    """Fetched, thrown out and fetched again, on a node that holds nothing itself."""
+    reader = start("reader", owner)
+    cache = reader.repo.cache_path(reader.repo.config())
+    until("the files", lambda: all(path.exists() for path in seen_by(reader)))
+    with Load(seen_by(reader)) as load:
+        for _, name in itertools.product(range(ROUNDS), SWITCHED):
+            until(f"a copy of {name}", (cache / name).exists)
+            (cache / name).unlink()
+            wanted = (Path(name).name, 0)
+            enough = load.reads[wanted] + 3
+            until("it is read again", lambda w=wanted, e=enough: load.reads[w] >= e)
+    assert load.wrong == {}
