@@ -538,6 +538,7 @@ class Network:
             name for name in ("RenewLock", "ReleaseLock", "Lock") if name.encode() in body
         )
         self.asked.append(method)
+        await trio.lowlevel.checkpoint()
         if method in self.away:
             raise Unreachable("cannot connect", RPC_URL)
         answered = trio.Event()
@@ -884,6 +885,23 @@ async def test_a_lock_that_cannot_be_given_back_is_told(
         await wait_all_tasks_blocked()
         mock_clock.jump(leases.RELEASE_SECONDS)
     assert "no answer" in caplog.text
+
+
+async def test_a_lock_that_is_given_back_slowly_was_held_to_the_end(
+    holder: Holder, mock_clock: trio.testing.MockClock
+) -> None:
+    holder.network.away.add("RenewLock")
+    holder.network.mute.add("ReleaseLock")
+
+    async def work() -> None:
+        async with holder.holding() as held:
+            await trio.sleep_until(held.until - 1)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(work)
+        for _ in range(60):
+            await wait_all_tasks_blocked()
+            mock_clock.jump(1)
 
 
 async def test_questions_that_wait_do_not_take_every_connection(

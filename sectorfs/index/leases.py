@@ -104,16 +104,16 @@ class Leases:
                 try:
                     with held.scope:
                         yield held
+                    held.check()  # also one that never looked: it may have stood still
                 except BaseException as exc:  # raised below: out of the nursery it would be a group
                     failure = exc
                 nursery.cancel_scope.cancel()
         finally:
             await self._release(lease, granted=held is not None)
-        if held.lost is not None and isinstance(failure, Exception):
-            raise held.lost from failure
+        if held.lost is not None and (failure is None or isinstance(failure, Exception)):
+            raise held.lost from (failure if failure is not held.lost else held.lost.__cause__)
         if failure is not None:
             raise failure
-        held.check()
 
     async def _acquire(self, lease: Lease, until: float) -> Held:
         """Ask until granted; one who will not wait is not kept back by those who do."""
