@@ -16,8 +16,8 @@ _MAKE = {
     "xfs": ("mkfs.xfs", "-q", "-f"),
     "btrfs": ("mkfs.btrfs", "-q", "-f"),
 }
-SIZE = 512 << 20
-"""Bytes of a file system unless said otherwise: xfs takes no less than 300 MiB."""
+SIZE = "512M"
+"""Of a file system unless said otherwise: xfs takes no less than 300 MiB."""
 
 
 def why_not(kind: str) -> str:
@@ -31,16 +31,15 @@ def why_not(kind: str) -> str:
 
 
 @contextmanager
-def file_system(root: Path, kind: str, *, size: int = SIZE) -> Iterator[Path]:
-    """A file system of its own at ``root/kind`` for the time of the block."""
-    at = root / kind
+def file_system(root: Path, kind: str, *, name: str = "", size: str = SIZE) -> Iterator[Path]:
+    """A file system of its own at ``root/name`` (else ``root/kind``) for the time of the block."""
+    at = root / (name or kind)
     if kind == "tmpfs":
         with mounted("-t", "tmpfs", "-o", f"size={size}", "none", at=at):
             yield at
         return
-    image = root / f"{kind}.img"
-    with image.open("wb") as stream:
-        stream.truncate(size)
-    subprocess.run([*_MAKE[kind], str(image)], check=True, capture_output=True)
+    image = at.with_name(f"{at.name}.img")
+    subprocess.run(["truncate", "-s", size, image], check=True)
+    subprocess.run([*_MAKE[kind], image], check=True, capture_output=True)
     with mounted("-o", "loop", str(image), at=at):
         yield at

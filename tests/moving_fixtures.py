@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from sectorfs.wire import tokens
 from sectorfs.wire.client import Client
 from sectorfs.wire.messages import Gone, Limits
 from sectorfs.wire.server import Handler, serve
-from tests.cluster_fixtures import mounted
+from tests import file_systems
 from tests.local_fixtures import (
     URL,
     SwitchedIndex,
@@ -237,19 +237,11 @@ def content(path: Path) -> bytes | dict[str, bytes]:
     return path.read_bytes()
 
 
-@contextmanager
-def file_system(root: Path, name: str, size: str = "64M", *, kind: str = "tmpfs") -> Iterator[Path]:
-    """A file system of its own, tmpfs or ext4 on a loop device, mounted at ``root/name``."""
-    at = root / name
-    if kind == "tmpfs":
-        with mounted("-t", "tmpfs", "-o", f"size={size}", "none", at=at):
-            yield at
-        return
-    image = root / f"{name}.img"
-    subprocess.run(["truncate", "-s", size, image], check=True)
-    subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
-    with mounted("-o", "loop", str(image), at=at):
-        yield at
+def file_system(
+    root: Path, name: str, size: str = "64M", *, kind: str = "tmpfs"
+) -> AbstractContextManager[Path]:
+    """A file system of its own, small unless said otherwise, mounted at ``root/name``."""
+    return file_systems.file_system(root, kind, name=name, size=size)
 
 
 def blocks(path: Path) -> int:
