@@ -21,7 +21,8 @@ from sectorfs.stores.blocks import PIECE, Identity, PartialFile
 from sectorfs.stores.gates import Gate, Priority
 from sectorfs.stores.lanes import Descriptor, Lane
 from sectorfs.stores.sources import PeerSource
-from sectorfs.stores.stream import BULK, Stream, Version
+from sectorfs.stores.stream import BULK, Stream
+from sectorfs.stores.transfer import Version
 from sectorfs.stores.windows import Window
 from sectorfs.types import StorageID
 from tests.local_fixtures import until

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Protocol
 
-import msgspec
 import trio
 
 from sectorfs.errors import DiskError, NoSource, SectorFSError, Stale, StorageUnavailable
@@ -29,6 +28,7 @@ from sectorfs.stores.gates import Priority
 from sectorfs.stores.intervals import Intervals
 from sectorfs.stores.lanes import Descriptor
 from sectorfs.stores.sources import PeerSource
+from sectorfs.stores.transfer import Version
 from sectorfs.stores.windows import Window
 
 log = logging.getLogger(__name__)
@@ -41,15 +41,6 @@ AHEAD_TASKS = 3
 FILL_TASKS = 4
 TOGETHER = 16
 """Ranges in one request at most."""
-
-
-class Version(msgspec.Struct, frozen=True):
-    """What a source says of the content it gives."""
-
-    size: int
-    mtime_ns: int
-    """0 when it does not say."""
-    etag: str = ""
 
 
 class Carrier(Protocol):

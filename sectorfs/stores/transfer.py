@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
 from email.utils import parsedate_to_datetime
 from typing import Annotated, TypeVar
@@ -25,6 +25,7 @@ from sectorfs.errors import (
     Refused,
     SectorFSError,
     SourceFailed,
+    Stale,
     TimedOut,
     TooLarge,
     Unauthorized,
@@ -44,6 +45,7 @@ from sectorfs.types import (
 )
 from sectorfs.wire.client import Client
 from sectorfs.wire.messages import Runner
+from sectorfs.wire.multipart import CONTENT_RANGE, boundary_of, parts
 from sectorfs.wire.response import Response
 
 MTIME_HEADER = "sectorfs-mtime-ns"
@@ -62,8 +64,8 @@ _LISTING_LIMIT = 16 * 1024 * 1024
 _ERROR_LIMIT = 4 * 1024
 _MAX_PEERS = 4096
 _SETTLE_SECONDS = 60.0
+_PART_OVERHEAD = 4096
 _HINT = "copy the secret file from the index node"
-_CONTENT_RANGE = re.compile(r"bytes (?:([0-9]{1,19})-([0-9]{1,19})|\*)/([0-9]{1,19}|\*)", re.ASCII)
 
 _Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_NUMBER)]
 _Time = Annotated[int, msgspec.Meta(ge=-MAX_NUMBER, le=MAX_NUMBER)]
@@ -90,6 +92,15 @@ class _ListingShape(msgspec.Struct, rename="pascal"):
     size: _Size
     mtime_ns: _Time
     files: list[_MemberShape] | None = None
+
+
+class Version(msgspec.Struct, frozen=True):
+    """What a source says of the content it gives."""
+
+    size: int
+    mtime_ns: int
+    """0 when it does not say."""
+    etag: str = ""
 
 
 class Latency(msgspec.Struct, frozen=True):
@@ -214,6 +225,59 @@ class PeerClient:
                 raise SourceFailed(f"sent {len(data)} bytes instead of {size}", response.url)
         FETCHED_BYTES.inc(size)
         return data
+
+    async def ranges(
+        self,
+        base_url: str,
+        file: SectorFile,
+        member: str | None,
+        spans: Sequence[tuple[int, int]],
+        *,
+        expect: Version | None,
+        deliver: Callable[[int, bytes], object],
+    ) -> Version:
+        """Give `deliver` the bytes of each span (start, end), all in one request.
+
+        `Stale` when the peer gives another version than `expect`.
+        """
+        text = ",".join(f"{start}-{end - 1}" for start, end in spans)
+        url = _file_url(base_url, file, member)
+        async with self._ask("GET", url, (("range", f"bytes={text}"),)) as response:
+            await _expect(response, 206)
+            wanted = sum(end - start for start, end in spans)
+            if len(spans) == 1:
+                version = _span_version(response, spans[0], expect)
+                data = await response.read(wanted)
+                if len(data) != wanted:
+                    raise SourceFailed(f"sent {len(data)} bytes instead of {wanted}", response.url)
+                FETCHED_BYTES.inc(wanted)
+                deliver(spans[0][0], data)
+                return version
+            body = await response.read(wanted + _PART_OVERHEAD * (len(spans) + 1))
+            return _deliver_parts(response, body, spans, expect, deliver)
+
+    async def receive(
+        self,
+        base_url: str,
+        file: SectorFile,
+        member: str | None,
+        span: tuple[int, int],
+        descriptor: AbstractContextManager[int],
+        *,
+        expect: Version | None,
+        run: Runner,
+        progress: Callable[[int], object] | None = None,
+    ) -> Version:
+        """Write a span to its place in `descriptor`; else as `ranges` and `fetch`."""
+        start, end = span
+        url = _file_url(base_url, file, member)
+        async with self._ask("GET", url, (("range", f"bytes={start}-{end - 1}"),)) as response:
+            await _expect(response, 206)
+            version = _span_version(response, span, expect)
+            await response.save(
+                descriptor, offset=start, length=end - start, run=run, progress=progress
+            )
+            return version
 
     @asynccontextmanager
     async def archive(
@@ -355,7 +419,7 @@ def _expect_type(response: Response, wanted: str) -> None:
 
 def _content_range(response: Response) -> tuple[tuple[int, int] | None, int | None]:
     """First and last byte (None for an unsatisfied range) and the total (None if unknown)."""
-    match = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
+    match = CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
     if match is None:
         raise SourceFailed("no valid Content-Range", response.url)
     first, last, total = match.groups()
@@ -372,6 +436,49 @@ def _expect_time(response: Response, mtime_ns: int | None) -> None:
         return
     if not same_mtime(_mtime_ns(response), mtime_ns):
         raise SourceFailed("gives another content than was declared", response.url)
+
+
+def _span_version(response: Response, span: tuple[int, int], expect: Version | None) -> Version:
+    """The version that an answer of one range is of, which must be the range asked for."""
+    _expect_octets(response)
+    found, total = _content_range(response)
+    if found != (span[0], span[1] - 1):
+        raise SourceFailed(f"sends another range than {span[0]}-{span[1] - 1}", response.url)
+    return _version(response, total, expect)
+
+
+def _version(response: Response, total: int | None, expect: Version | None) -> Version:
+    if total is None:
+        raise SourceFailed("names no total size", response.url)
+    found = Version(total, _mtime_ns(response), response.headers.get("etag", ""))
+    if expect is not None and found != expect:
+        raise Stale("the peer gives another content by now", response.url, "open the file again")
+    return found
+
+
+def _deliver_parts(
+    response: Response,
+    body: bytes,
+    spans: Sequence[tuple[int, int]],
+    expect: Version | None,
+    deliver: Callable[[int, bytes], object],
+) -> Version:
+    """Take an answer of several ranges, which must be those asked for, apart."""
+    boundary = boundary_of(response.headers.get("content-type", ""))
+    if boundary is None:
+        raise SourceFailed("does not send several ranges at once", response.url)
+    try:
+        found = list(parts(body, boundary))
+    except ValueError as exc:
+        raise SourceFailed(f"its ranges cannot be read: {exc}", response.url) from exc
+    if [(part.start, part.end) for part in found] != list(spans):
+        raise SourceFailed("sends other ranges than were asked for", response.url)
+    totals = {part.total for part in found}
+    version = _version(response, totals.pop() if len(totals) == 1 else None, expect)
+    FETCHED_BYTES.inc(sum(end - start for start, end in spans))
+    for part in found:
+        deliver(part.start, bytes(part.data))
+    return version
 
 
 def _mtime_ns(response: Response) -> int:
