@@ -7,8 +7,8 @@
  * in `inode_objects.py`: the same table in Python, for where this was not built.
  *
  * The table is divided by the upper bits of the number into PARTS that grow one by one: none is
- * ever so big that growing it holds the loop. A part keeps its inodes side by side (the last one
- * moves into a gap) and finds them by an open-addressed index of their places.
+ * ever so big that growing it holds the loop. A part keeps its inodes side by side in small chunks
+ * (the last one moves into a gap) and finds them by an open-addressed index of their places.
  *
  * A page: pyfuse3 hands names to the kernel one at a time, each an object with a dozen setters.
  * This module is loaded in front of libfuse (RTLD_GLOBAL, before pyfuse3), so that pyfuse3's call of
@@ -27,7 +27,8 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { PARTS = 256, PART_SHIFT = 55, FIRST_HASHED = 17, FIRST_ROOM = 4, NAME_ROOM = 64 };
+enum { PARTS = 256, PART_SHIFT = 55, FIRST_HASHED = 17, NAME_ROOM = 64 };
+enum { CHUNK = 32, MORE_CHUNKS = 8, FIRST_PLACES = 8 };
 
 #define WHOLE_SPACE ((UINT64_C(1) << 63) - FIRST_HASHED)
 
@@ -101,11 +102,16 @@ static uint64_t hashed(const Inode *key, uint64_t space)
 /* ---- the table ---- */
 
 typedef struct {
-    Inode *inodes;
+    Inode **chunks;
     uint32_t *places; /* index + 1 of an inode; 0 is free */
-    uint32_t count, room;
+    uint32_t count, chunk_count;
     uint32_t mask; /* of `places`; at most three quarters of them are taken */
 } Part;
+
+static inline Inode *at(const Part *part, uint32_t index)
+{
+    return &part->chunks[index / CHUNK][index % CHUNK];
+}
 
 typedef struct {
     PyObject_HEAD
@@ -127,7 +133,7 @@ static uint32_t place_of(const Part *part, uint64_t number)
 {
     uint32_t place = (uint32_t)number & part->mask;
 
-    while (part->places[place] != 0 && part->inodes[part->places[place] - 1].number != number)
+    while (part->places[place] != 0 && at(part, part->places[place] - 1)->number != number)
         place = (place + 1) & part->mask;
     return place;
 }
@@ -138,8 +144,8 @@ static Inode *find(Table *self, uint64_t number)
 
     if (part->count == 0)
         return NULL;
-    uint32_t at = part->places[place_of(part, number)];
-    return at != 0 ? &part->inodes[at - 1] : NULL;
+    uint32_t found = part->places[place_of(part, number)];
+    return found != 0 ? at(part, found - 1) : NULL;
 }
 
 static int resize_index(Part *part, uint32_t size)
@@ -152,28 +158,32 @@ static int resize_index(Part *part, uint32_t size)
     part->places = places;
     part->mask = size - 1;
     for (uint32_t i = 0; i < part->count; i++)
-        part->places[place_of(part, part->inodes[i].number)] = i + 1;
+        part->places[place_of(part, at(part, i)->number)] = i + 1;
     return 0;
 }
 
-static int resize_inodes(Part *part, uint32_t room)
+static int add_chunk(Part *part)
 {
-    Inode *inodes = PyMem_Realloc(part->inodes, room * sizeof *inodes);
-
-    if (inodes == NULL)
+    if (part->chunk_count % MORE_CHUNKS == 0) {
+        size_t size = (part->chunk_count + MORE_CHUNKS) * sizeof *part->chunks;
+        Inode **chunks = PyMem_Realloc(part->chunks, size);
+        if (chunks == NULL)
+            return -1;
+        part->chunks = chunks;
+    }
+    Inode *chunk = PyMem_Malloc(CHUNK * sizeof *chunk);
+    if (chunk == NULL)
         return -1;
-    part->inodes = inodes;
-    part->room = room;
+    part->chunks[part->chunk_count++] = chunk;
     return 0;
 }
 
 static int make_room(Part *part)
 {
-    if (part->count == part->room &&
-        resize_inodes(part, part->room + part->room / 8 + FIRST_ROOM) < 0)
+    if (part->count == part->chunk_count * CHUNK && add_chunk(part) < 0)
         return -1;
     if (part->places == NULL)
-        return resize_index(part, 8);
+        return resize_index(part, FIRST_PLACES);
     if ((uint64_t)(part->count + 1) * 4 > (uint64_t)(part->mask + 1) * 3)
         return resize_index(part, (part->mask + 1) * 2);
     return 0;
@@ -186,7 +196,7 @@ static Inode *insert(Table *self, const Inode *key, uint64_t number)
     if (make_room(part) < 0)
         return NULL;
     uint32_t place = place_of(part, number);
-    Inode *inode = &part->inodes[part->count];
+    Inode *inode = at(part, part->count);
     *inode = *key;
     inode->number = number;
     inode->lookups = inode->opens = 0;
@@ -201,7 +211,7 @@ static void free_place(Part *part, uint32_t gap)
 {
     for (uint32_t next = (gap + 1) & part->mask; part->places[next] != 0;
          next = (next + 1) & part->mask) {
-        uint32_t home = (uint32_t)part->inodes[part->places[next] - 1].number & part->mask;
+        uint32_t home = (uint32_t)at(part, part->places[next] - 1)->number & part->mask;
         if (((next - home) & part->mask) >= ((next - gap) & part->mask)) {
             part->places[gap] = part->places[next];
             gap = next;
@@ -210,21 +220,27 @@ static void free_place(Part *part, uint32_t gap)
     part->places[gap] = 0;
 }
 
+static void clear(Part *part)
+{
+    while (part->chunk_count > 0)
+        PyMem_Free(part->chunks[--part->chunk_count]);
+    PyMem_Free(part->chunks);
+    PyMem_Free(part->places);
+    memset(part, 0, sizeof *part);
+}
+
 static void shrink(Part *part)
 {
+    uint32_t size = part->mask + 1;
+
     if (part->count == 0) {
-        PyMem_Free(part->inodes);
-        PyMem_Free(part->places);
-        memset(part, 0, sizeof *part);
-    } else if (part->room > 64 && part->count < part->room / 2) {
-        /* Without memory for the smaller one the bigger one stays. */
-        uint32_t size = part->mask + 1;
-        resize_inodes(part, part->count + part->count / 8 + FIRST_ROOM);
-        while (size > 8 && (uint64_t)part->count * 8 < (uint64_t)size * 3)
-            size /= 2;
-        if (size != part->mask + 1)
-            resize_index(part, size);
+        clear(part);
+        return;
     }
+    if (part->count + CHUNK <= (part->chunk_count - 1) * CHUNK) /* one is kept for the next */
+        PyMem_Free(part->chunks[--part->chunk_count]);
+    if (size > FIRST_PLACES && (uint64_t)part->count * 16 < (uint64_t)size * 3)
+        resize_index(part, size / 2); /* without memory for a smaller one the bigger one stays */
 }
 
 static void drop_displaced(Table *self, uint64_t number)
@@ -243,12 +259,13 @@ static void release(Table *self, Inode *inode)
     uint64_t number = inode->number;
     PyObject *member = inode->member;
     Part *part = part_of(self, number);
-    uint32_t gone = (uint32_t)(inode - part->inodes), last = part->count - 1;
+    uint32_t place = place_of(part, number), last = part->count - 1;
+    uint32_t gone = part->places[place] - 1;
 
-    free_place(part, place_of(part, number));
+    free_place(part, place);
     if (gone != last) {
-        part->places[place_of(part, part->inodes[last].number)] = gone + 1;
-        part->inodes[gone] = part->inodes[last];
+        part->places[place_of(part, at(part, last)->number)] = gone + 1;
+        *inode = *at(part, last);
     }
     part->count = last;
     self->count--;
@@ -387,9 +404,8 @@ static void table_dealloc(Table *self)
     for (int i = 0; i < PARTS; i++) {
         Part *part = &self->parts[i];
         for (uint32_t j = 0; j < part->count; j++)
-            Py_XDECREF(part->inodes[j].member);
-        PyMem_Free(part->inodes);
-        PyMem_Free(part->places);
+            Py_XDECREF(at(part, j)->member);
+        clear(part);
     }
     PyMem_Free(self->displaced);
     type->tp_free(self);
@@ -541,7 +557,7 @@ static PyObject *table_numbers(Table *self, PyObject *value)
     PyObject *list = PyList_New(0);
     /* Making an object may run other code, and that may change the part: read its count anew. */
     for (uint32_t i = 0; list != NULL && i < part->count; i++) {
-        PyObject *number = PyLong_FromUnsignedLongLong(part->inodes[i].number);
+        PyObject *number = PyLong_FromUnsignedLongLong(at(part, i)->number);
         if (number == NULL || PyList_Append(list, number) < 0)
             Py_CLEAR(list);
         Py_XDECREF(number);
