@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 from sectorfs.index.catalog import Catalog, FileChange
 from sectorfs.index.merge import Reload
@@ -144,3 +147,26 @@ async def open_index(
         path, cutoff=CUTOFF, clock_ns=clock or Clock(), keep_changes=keep_changes
     ) as index:
         yield rpc_over(index) if over_rpc else index
+
+
+@dataclass
+class World:
+    """The index under test and the clock it reads."""
+
+    index: SectorIndex
+    clock: Clock
+
+
+@pytest.fixture(params=["sqlite", "rpc"])
+async def both_kinds(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
+    """An index, the embedded one and over JSON-RPC; a test module calls it `world`."""
+    clock = Clock()
+    over_rpc = request.param == "rpc"
+    async with open_index(tmp_path / "index.db", clock=clock, over_rpc=over_rpc) as index:
+        yield World(index, clock)
+
+
+@pytest.fixture
+def index_of_world(world: World) -> SectorIndex:
+    """The index alone; a test module calls it `index`."""
+    return world.index

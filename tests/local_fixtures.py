@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 
 from sectorfs.config import StorageConfig, TimeoutsConfig
@@ -52,6 +53,20 @@ async def switched_index(directory: Path) -> AsyncIterator[SwitchedIndex]:
     """An embedded Index in a file, with a switch."""
     async with SqliteIndex.open(directory / "index.db", cutoff=50) as index:
         yield SwitchedIndex(index)
+
+
+@pytest.fixture
+async def an_index(tmp_path: Path) -> AsyncIterator[SwitchedIndex]:
+    """An embedded Index; a test module gives it a name by assignment."""
+    async with switched_index(tmp_path) as switched:
+        yield switched
+
+
+@pytest.fixture
+def a_path(tmp_path: Path) -> Path:
+    """An initialised storage path; likewise."""
+    make_path(tmp_path / "p")
+    return tmp_path / "p"
 
 
 def make_store(index: SectorIndex | SwitchedIndex, **changes: Any) -> LocalStore:

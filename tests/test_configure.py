@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,16 @@ from sectorfs.node.repo import Repo
 from sectorfs.stores.path_changes import PathChanges
 from sectorfs.types import StorageID
 from tests.cli_fixtures import settings_of
-from tests.local_fixtures import SwitchedIndex, make_path, make_store, running, switched_index
+from tests.local_fixtures import (
+    SwitchedIndex,
+    an_index,
+    make_path,
+    make_store,
+    running,
+)
 from tests.local_fixtures import until as until_true
 
-
-@pytest.fixture
-async def index(tmp_path: Path) -> AsyncIterator[SwitchedIndex]:
-    async with switched_index(tmp_path) as index:
-        yield index
+index = an_index
 
 
 class Hanging(SwitchedIndex):

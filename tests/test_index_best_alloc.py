@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +14,23 @@ from sectorfs.index.protocol import FsStat, HealthReport, PathType, SectorIndex
 from sectorfs.index.rpc import index_methods
 from sectorfs.types import FileType, StorageID
 from sectorfs.wire.jsonrpc import Dispatcher
-from tests.index_fixtures import ADMIN, STAT, Clock, held, info, open_index, sector
+from tests.index_fixtures import (
+    ADMIN,
+    STAT,
+    World,
+    both_kinds,
+    held,
+    index_of_world,
+    info,
+    open_index,
+    sector,
+)
 
 SEALED, CACHE = FileType.SEALED, FileType.CACHE
 
 
-@dataclass
-class World:
-    """The index under test and the clock it reads."""
-
-    index: SectorIndex
-    clock: Clock
-
-
-@pytest.fixture(params=["sqlite", "rpc"])
-async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
-    clock = Clock()
-    over_rpc = request.param == "rpc"
-    async with open_index(tmp_path / "index.db", clock=clock, over_rpc=over_rpc) as index:
-        yield World(index, clock)
-
-
-@pytest.fixture
-def index(world: World) -> SectorIndex:
-    return world.index
+world = both_kinds
+index = index_of_world
 
 
 def room(available: int) -> FsStat:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import trio
@@ -20,28 +17,21 @@ from sectorfs.index.protocol import (
     SnapshotPage,
 )
 from sectorfs.types import ALL_TYPES, Facts, FileType, MemberFacts, SectorFile, SectorID, StorageID
-from tests.index_fixtures import STAT, Clock, directory, file, held, info, key, open_index, sector
+from tests.index_fixtures import (
+    STAT,
+    World,
+    both_kinds,
+    directory,
+    file,
+    held,
+    index_of_world,
+    info,
+    key,
+    sector,
+)
 
-
-@dataclass
-class World:
-    """The index under test and the clock it reads."""
-
-    index: SectorIndex
-    clock: Clock
-
-
-@pytest.fixture(params=["sqlite", "rpc"])
-async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
-    clock = Clock()
-    over_rpc = request.param == "rpc"
-    async with open_index(tmp_path / "index.db", clock=clock, over_rpc=over_rpc) as index:
-        yield World(index, clock)
-
-
-@pytest.fixture
-def index(world: World) -> SectorIndex:
-    return world.index
+world = both_kinds
+index = index_of_world
 
 
 async def position(index: SectorIndex) -> tuple[str, int]:

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,13 +31,14 @@ from sectorfs.types import Facts, FileType, StorageID
 from tests.local_fixtures import (
     URL,
     SwitchedIndex,
+    a_path,
+    an_index,
     declared,
     make_path,
     make_store,
     put,
     running,
     sector_file,
-    switched_index,
     until,
     until_declared,
 )
@@ -46,16 +47,8 @@ SEALED = sector_file(FileType.SEALED, 7)
 CACHE = sector_file(FileType.CACHE, 7)
 
 
-@pytest.fixture
-async def index(tmp_path: Path) -> AsyncIterator[SwitchedIndex]:
-    async with switched_index(tmp_path) as switched:
-        yield switched
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    make_path(tmp_path / "p")
-    return tmp_path / "p"
+index = an_index
+path = a_path
 
 
 def id_of(path: Path) -> StorageID:

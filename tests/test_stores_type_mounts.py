@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +14,13 @@ from sectorfs.stores.metadata import read_metadata
 from sectorfs.types import FileType
 from tests.local_fixtures import (
     SwitchedIndex,
+    an_index,
     declared,
     make_path,
     make_store,
     put,
     running,
     sector_file,
-    switched_index,
     until,
     until_declared,
 )
@@ -30,10 +30,7 @@ OTHER = sector_file(FileType.SEALED, 8)
 UNSEALED = sector_file(FileType.UNSEALED, 7)
 
 
-@pytest.fixture
-async def index(tmp_path: Path) -> AsyncIterator[SwitchedIndex]:
-    async with switched_index(tmp_path) as switched:
-        yield switched
+index = an_index
 
 
 @pytest.fixture

@@ -20,13 +20,13 @@ from sectorfs.stores.watch import Listener, Watcher
 from sectorfs.types import FileType, SectorFile, StorageID, parse_storage_id
 from tests.local_fixtures import (
     SwitchedIndex,
+    a_path,
+    an_index,
     declared,
-    make_path,
     make_store,
     put,
     running,
     sector_file,
-    switched_index,
     until,
     until_declared,
 )
@@ -37,16 +37,8 @@ LOOKS = StorageConfig(settle=0.05, look=0.1, rescan=3600)
 RESCANS = StorageConfig(settle=0.05, look=3600, rescan=0.2)
 
 
-@pytest.fixture
-async def index(tmp_path: Path) -> AsyncIterator[SwitchedIndex]:
-    async with switched_index(tmp_path) as switched:
-        yield switched
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    make_path(tmp_path / "p")
-    return tmp_path / "p"
+index = an_index
+path = a_path
 
 
 async def size_of(index: SwitchedIndex, storage: StorageID, file: SectorFile) -> int | None:
