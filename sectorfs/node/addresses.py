@@ -19,6 +19,9 @@ from sectorfs.types import StorageID
 
 log = logging.getLogger(__name__)
 
+FORGET_PAUSE = 1.0
+"""Seconds between two tries to detach old URLs: paths attach, and the Index answers, any time."""
+
 
 async def listen(config: Config) -> tuple[list[trio.SocketListener], str, str]:
     """Bind the server's port; returns the listeners, the own address, and the advertised one."""
@@ -86,7 +89,7 @@ async def forget_old_urls(
                     done.add(path.storage)
         if done >= {path.storage for path in local.paths()} and not local.waiting():
             break
-        await trio.sleep(1)
+        await trio.sleep(FORGET_PAUSE)
     repo.write_advertised([own])
 
 
