@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,9 @@ from tests.cluster_fixtures import (
     locations,
     put,
     seen,
+    shows,
     state,
+    status,
 )
 from tests.tar_fixtures import stream, unterminated
 
@@ -93,6 +95,42 @@ def test_a_directory_of_another_programs_node_in_the_mount(
         seen("the copy", lambda: state(shown) == "cached")
         assert len([path for path in requests if "/files" not in path]) == 1
     assert len(locations(reader, NAME)) == 2
+
+
+@pytest.mark.parametrize("make", [stream, unterminated])
+def test_a_directory_is_moved_from_another_programs_node(
+    twins: tuple[Node, Node, Path], make: Callable[[dict[str, bytes]], bytes]
+) -> None:
+    owner, reader, disk = twins
+    gone: list[str] = []
+
+    def behaviour(peer: FalsePeer) -> Behaviour:
+        give = as_lotus(make(FINALIZED))
+
+        def answer(connection: socket.socket, path: str) -> None:
+            if gone:
+                connection.sendall(b"HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n")
+            elif peer.heads[-1].startswith("DELETE "):
+                gone.append(path)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            else:
+                give(connection, path)
+
+        return answer
+
+    with false_peer(behaviour) as peer:
+        declare_at(owner, "false-7", peer.url, {NAME: None})
+        (target,) = [one.storage for one in status(owner).storages if one.path == str(disk)]
+        shown = reader.mountpoint / NAME
+        seen("the name", shown.exists)
+        [moved] = reader.json("sector", "move", NAME, "--to", target)
+        assert (moved["how"], moved["source"]) == ("fetched", "false-7")
+    assert gone == [f"/remote/{NAME}?keep={target}"]
+    held = locations(owner, NAME)
+    assert [(storage, one.primary) for storage, one in held.items()] == [(target, True)]
+    for name, data in FINALIZED.items():
+        assert (disk / NAME / name).read_bytes() == data
+        seen("the file", lambda name=name, data=data: shows(shown / name, data))
 
 
 def test_a_peer_without_listings_gets_a_directory_as_tar(
