@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from sectorfs.fuse import kernel, operations
+from sectorfs.fuse import kernel, mounts, operations
 from sectorfs.fuse.inodes import PACKED, InodeKey, type_number
 from sectorfs.fuse.listings import KEPT_FOR, Listings
 from sectorfs.fuse.notifications import ForgetName, Notice
@@ -60,6 +60,16 @@ def world(tmp_path: Path, request: pytest.FixtureRequest) -> World:
         assert world.operations.writes_pages
     world.operations.writes_pages = request.param
     return world
+
+
+@pytest.fixture(autouse=True)
+def _no_mount_stays(tmp_path: Path) -> Iterator[None]:
+    """Whatever a failing test left mounted below its directory goes, without being touched."""
+    yield
+    for mount in mounts.parse_mountinfo(mounts.MOUNTINFO.read_bytes()):
+        if mount.is_ours and mount.path.startswith(str(tmp_path)):
+            mounts.abort(mount.minor)
+            mounts.detach(mount.path)
 
 
 def listed(path: Path) -> dict[str, os.stat_result]:
