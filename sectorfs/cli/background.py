@@ -28,8 +28,14 @@ class StartFailed(SectorFSError):
         self.exit_code = failure.exit_code  # type: ignore[misc]  # the child's, not the class's
 
 
-def in_background(log: Path, work: Callable[[Callable[[], None]], None]) -> None:
-    """Run `work(ready)` in a process of its own session; return once it called `ready`.
+_READY = b"ready\n"
+
+Ready = Callable[[str], None]
+"""Called once the work goes on in the background, with a remark for whoever started it."""
+
+
+def in_background(log: Path, work: Callable[[Ready], None]) -> str:
+    """Run `work(ready)` in a process of its own session; return its remark once it called `ready`.
 
     Must be called before the process has threads. Errors before `ready` are raised here again.
     """
@@ -43,18 +49,19 @@ def in_background(log: Path, work: Callable[[Callable[[], None]], None]) -> None
         said = pipe.read()
     if said == b"":
         raise StartFailed(_Failure("node ended without a word", str(log), "see the log", 1))
-    if said != b"ready":
+    if not said.startswith(_READY):
         raise StartFailed(msgspec.json.decode(said, type=_Failure))
+    return said.removeprefix(_READY).decode()
 
 
-def _child(log: Path, writer: int, work: Callable[[Callable[[], None]], None]) -> int:
+def _child(log: Path, writer: int, work: Callable[[Ready], None]) -> int:
     os.setsid()
     os.chdir("/")
     _redirect(log)
     pipe = open(writer, "wb", buffering=0)  # noqa: SIM115 - lives as long as the start takes
 
-    def ready() -> None:
-        pipe.write(b"ready")
+    def ready(remark: str) -> None:
+        pipe.write(_READY + remark.encode())
         pipe.close()
 
     try:

@@ -22,6 +22,8 @@ from sectorfs.errors import BadInput, Unreachable
 from sectorfs.node import access, unmount
 from sectorfs.node.running import run_node
 
+WATCH_PAUSE = 1.0
+"""Seconds between two looks of `status --watch`."""
 IGNORED_OPTIONS = (
     "ro",
     "nosuid",
@@ -72,10 +74,12 @@ def mount(
     config = _config(settings, listen, advertise, index_url, _mount_options(options))
     target = Path(os.path.abspath(mountpoint.expanduser()))
     if daemon:
-        in_background(
+        remark = in_background(
             settings.repo.log,
             lambda ready: _run(settings, config, target, verbose, ready=ready),
         )
+        if remark:
+            click.echo(f"sectorfs: {remark}", err=True)
     else:
         _run(settings, config, target, verbose)
 
@@ -149,7 +153,7 @@ async def _watch(settings: Settings) -> NoReturn:
                 else:
                     output.print_status(live.console, report)
             live.update(Text.from_ansi(capture.get()), refresh=True)
-            await trio.sleep(1)
+            await trio.sleep(WATCH_PAUSE)
 
 
 @click.command()

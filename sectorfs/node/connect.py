@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from sectorfs.config import Config, NodeConfig, parse_listen
-from sectorfs.errors import BadConfig
+from sectorfs.errors import BadConfig, Unreachable
 from sectorfs.index.protocol import SectorIndex
 from sectorfs.index.rpc import RpcIndex
 from sectorfs.index.sqlite import SqliteIndex
 from sectorfs.node.repo import Repo
 from sectorfs.wire import tokens
 from sectorfs.wire.client import Client
+from sectorfs.wire.jsonrpc import NotJsonRpc
+
+log = logging.getLogger(__name__)
 
 ANSWER_LIMIT = 256 << 20
 """Bytes of one answer of an Index: a page of a thousand sector directories fits many times."""
@@ -59,6 +63,21 @@ async def open_index(repo: Repo, config: Config, admin_token: str) -> AsyncItera
             return await client.post(url, body, patience=patience, limit=ANSWER_LIMIT)
 
         yield RpcIndex(url, post)
+
+
+async def greet(index: SectorIndex) -> bool:
+    """Ask the Index once at a start, which one that refuses us, or is none, ends with the reason.
+
+    False for one that is away, without ending anything: nodes of a cluster come up in any order.
+    """
+    try:
+        await index.storages()
+    except NotJsonRpc:
+        raise
+    except Unreachable as exc:
+        log.warning("%s; starting without it, with this node's own files", exc)
+        return False
+    return True
 
 
 def base_url(config: Config) -> str:

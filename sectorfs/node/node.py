@@ -29,6 +29,7 @@ from sectorfs.index.rpc import index_methods
 from sectorfs.node import addresses, connect, rpc, unmount
 from sectorfs.node.admin import LocalAdmin
 from sectorfs.node.moves import local_moves, move_methods
+from sectorfs.node.own_files import OwnFiles
 from sectorfs.node.repo import Repo
 from sectorfs.node.status import Node
 from sectorfs.server.routes import make_handler
@@ -76,7 +77,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
         token = repo.admin_token(secret)
         own_url = f"{advertise}/remote"
         index = await stack.enter_async_context(connect.open_index(repo, config, token))
-        await index.storages()  # an Index that cannot be reached, or refuses us, is said at once
+        present = await connect.greet(index)
         client = await stack.enter_async_context(
             Client(
                 config.timeouts,
@@ -177,11 +178,24 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
         await nursery.start(copies.clear_leftovers)
         await nursery.start(partial(serve, handler, listeners, limits=limits))
         nursery.start_soon(client.keep_tidy)
-        await nursery.start(feed.run)
+        if present:
+            await nursery.start(feed.run)
+        else:
+            nursery.start_soon(feed.run)
         await nursery.start(local.run)
         old = [url for url in repo.advertised() if url != own_url]
         repo.write_advertised([*old, own_url])
         attached = await _attach(nursery, local, (str(copies.root), *known.paths))
+        nursery.start_soon(
+            OwnFiles(
+                local,
+                catalog,
+                answered=lambda: math.isfinite(feed.age),
+                on_change=on_change,
+                heartbeat=config.index.heartbeat,
+                look=config.storage.look,
+            ).run
+        )
         nursery.start_soon(
             partial(
                 addresses.forget_old_urls,

@@ -31,7 +31,7 @@ async def run_node(
     repo: Repo,
     config: Config,
     mountpoint: Path | None,
-    ready: Callable[[], None] | None = None,
+    ready: Callable[[str], None] | None = None,
 ) -> None:
     """Run a node until SIGTERM, SIGINT, or until its mount is unmounted."""
     resort = LastResort(lambda: _release(repo, mountpoint))
@@ -47,7 +47,7 @@ async def run_node(
                 try:
                     log.info("node %s is ready", node.api)
                     if ready is not None:
-                        ready()
+                        ready(node.remark)
                     await ended.wait()
                 finally:
                     repo.remove_api()

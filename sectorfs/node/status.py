@@ -60,7 +60,8 @@ class Node:
         problems = [f"storage {item.storage}: {item.error}" for item in storages if item.error]
         problems += [f"not attached: {why}" for why in self.local.waiting().values()]
         if not self.feed.connected:
-            problems.append(f"the Index at {self.config.index.url} does not answer")
+            away = f"the Index at {self.config.index.url} does not answer"
+            problems.append(self.remark or away)
         return reports.StatusReport(
             running=True,
             version=__version__,
@@ -91,6 +92,16 @@ class Node:
             ],
             scans=await self.admin.scans(),
             problems=problems,
+        )
+
+    @property
+    def remark(self) -> str:
+        """What whoever started the node should know of its start; empty when all is well."""
+        if math.isfinite(self.feed.age):
+            return ""
+        return (
+            f"the Index at {self.config.index.url} has been away since this node's start: "
+            "only its own files are shown"
         )
 
     async def _storages(self) -> list[reports.StorageReport]:

@@ -331,7 +331,7 @@ class Keeper:
                 if known is None or known.facts != look or known.primary < path.primary:
                     # The first scan of a path meets millions of files that have long been quiet;
                     # one that only became primary is as it was declared.
-                    if (first and _is_old(look)) or (known is not None and known.facts == look):
+                    if (first and is_old(look)) or (known is not None and known.facts == look):
                         fresh.append((file, look))
                     else:
                         await self._let_settle(file, look)
@@ -569,7 +569,8 @@ def _is_gone(look: Look) -> bool:
     return look is None or (isinstance(look, Odd) and not look.unreadable)
 
 
-def _is_old(facts: Facts) -> bool:
+def is_old(facts: Facts) -> bool:
+    """Unchanged for so long that one look tells it is quiet."""
     latest = max([facts.mtime_ns, *(member.mtime_ns for member in facts.members or ())])
     return latest < time.time_ns() - OLD_ENOUGH * 1e9
 

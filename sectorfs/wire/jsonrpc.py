@@ -47,12 +47,18 @@ _STATUS = {
     INVALID_PARAMS: 400,
     INTERNAL_ERROR: 500,
 }
+_AWAY = frozenset({502, 503, 504})
+"""What stands before a server says while that is away, or a server with too much to do."""
 # Everything the decoder raises for bytes of a stranger; deep nesting is a RecursionError.
 _MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _ABSENT = msgspec.Raw(b"null")
 """A key that is absent reads like null; `Raw` cannot be optional in any other way."""
 
 RequestID = int | float | str | None
+
+
+class NotJsonRpc(Unreachable):
+    """Somebody answered, who does not speak JSON-RPC: it is the address that is wrong."""
 
 
 class Method(msgspec.Struct, frozen=True, kw_only=True):
@@ -304,13 +310,14 @@ def decode_answer(status: int, body: bytes, *, request_id: int, result: Any, url
     try:
         return msgspec.json.decode(answer.result, type=result)
     except _MALFORMED as exc:
-        raise Unreachable(f"answered something else than asked: {exc}", url) from exc
+        raise NotJsonRpc(f"answered something else than asked: {exc}", url) from exc
 
 
 def _no_answer(status: int, url: str) -> SectorFSError:
     if status == 403:
         return Forbidden("the token lacks the permission", url, "use an admin token")
-    return Unreachable(
+    kind = Unreachable if status in _AWAY else NotJsonRpc
+    return kind(
         f"does not answer in JSON-RPC (HTTP {status})", url, "check index.url and what runs there"
     )
 
