@@ -157,8 +157,14 @@ class Slow:
 
 @pytest.mark.parametrize("first", [0, 1])
 async def test_of_two_paths_with_one_id_the_first_in_the_list_is_attached(
-    index: SwitchedIndex, twins: list[str], first: int, monkeypatch: pytest.MonkeyPatch
+    index: SwitchedIndex,
+    twins: list[str],
+    tmp_path: Path,
+    first: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    broken = tmp_path / "broken"  # what fails at once must not make the way free
+    broken.mkdir()
     listed = [twins[first], twins[1 - first]]
     monkeypatch.setattr(local_module, "TURN_SECONDS", 60.0)
     slow = Slow(monkeypatch)
@@ -166,13 +172,13 @@ async def test_of_two_paths_with_one_id_the_first_in_the_list_is_attached(
     store = make_store(index)
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(store.attach_all, listed)
+            nursery.start_soon(store.attach_all, [listed[0], str(broken), listed[1]])
             await until(lambda: slow.ended == [listed[1]])  # the later disk is the faster one
             gate.set()
     finally:
         gate.set()
     assert [local.path for local in store.paths()] == listed[:1]
-    assert list(store.waiting()) == listed[1:]
+    assert set(store.waiting()) == {str(broken), listed[1]}
     reason = store.waiting()[listed[1]]
     assert f"attached from {listed[0]}" in reason
     assert listed[1] in reason

@@ -165,20 +165,21 @@ class LocalStore:
         here even while the Index is away: its files can be read. All disks are asked at once, and
         of paths that clash the one that stands first is attached.
         """
-        before = trio.Event()
-        before.set()
+        done = [trio.Event() for _ in paths]
         async with trio.open_nursery() as nursery:
-            for path in paths:
-                done = trio.Event()
-                nursery.start_soon(self._attach_later, _absolute(path), before, done)
-                before = done
+            for place, path in enumerate(paths):
+                turn = done[: place + 1]
+                nursery.start_soon(self._attach_later, _absolute(path), turn)
 
-    async def _attach_later(self, where: str, before: trio.Event, done: trio.Event) -> None:
+    async def _attach_later(self, where: str, turn: Sequence[trio.Event]) -> None:
+        """Attach one of several paths; `turn` are the ends of those before it, and its own."""
+        *before, done = turn
         waiting = self._waiting.setdefault(where, _Waiting(self._lane(where)))
         try:
             found = await self._look_at(where, waiting.lane)
             with trio.move_on_after(TURN_SECONDS):
-                await before.wait()
+                for earlier in before:
+                    await earlier.wait()
             await self._take(where, waiting.lane, found, now=False)
         except SectorFSError as exc:
             if waiting.error != str(exc):
