@@ -17,7 +17,6 @@ from sectorfs.errors import DiskError, DiskFull, SourceFailed, StorageUnavailabl
 from sectorfs.stores import metadata
 from sectorfs.stores.copies import Copies, Partial
 from sectorfs.stores.lanes import Lane
-from sectorfs.stores.wanted import Wanted
 from sectorfs.types import Facts, FileType, MemberFacts, SectorFile, SectorID, StorageID
 from tests.gates import Gate
 from tests.local_fixtures import until
@@ -483,28 +482,34 @@ async def test_directory_whose_sync_hangs_is_given_up_and_never_put_in_place(
     assert sorted(os.listdir(folder)) == ["p_aux", "t_aux.tmp"]
 
 
-async def test_discarding_ends_though_the_disk_hangs_and_spares_what_comes_later(
+async def test_directory_is_not_put_in_place_after_the_older_one_went_too_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = impatient(tmp_path / "cache")
+    await copies.complete(CACHE, directory(await receive(copies, CACHE, b"old", "p_aux")))
+    member = await receive(copies, CACHE, b"newer", "p_aux")
+    gate = Gate(monkeypatch, "rename", lambda old, _: old == copies.path_of(CACHE))
+    with pytest.raises(StorageUnavailable):
+        await copies.complete(CACHE, directory(member))
+    gate.opened.set()
+    await idle(copies)
+    assert not await copies.exists(CACHE)
+    await copies.complete(CACHE, directory(member))
+    assert await content(copies, CACHE, 5, member="p_aux") == b"newer"
+
+
+async def test_discarding_ends_though_the_disk_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copies = impatient(tmp_path / "cache")
     monkeypatch.setattr("sectorfs.stores.copies.DISCARD_SECONDS", 0.1)
     partial = await copies.begin(SEALED, None, len(DATA))
-    opened = threading.Event()
-    require = Wanted.require
-
-    def hanging(self: Wanted, thing: object) -> None:
-        opened.wait()
-        require(self, thing)
-
-    monkeypatch.setattr(Wanted, "require", hanging)
-    await copies.discard(partial)
-    monkeypatch.undo()
-    later = await copies.begin(SEALED, None, len(DATA))
-    opened.set()
+    gate = Gate(monkeypatch, "unlink", lambda path: str(path) == str(partial.path))
+    with trio.fail_after(5):
+        await copies.discard(partial)
+    gate.opened.set()
     await idle(copies)
-    fill(later, DATA)
-    await copies.commit(later, size=len(DATA), mtime_ns=MTIME_NS)
-    assert await content(copies, SEALED, len(DATA)) == DATA
+    assert left(copies) == ["sealed", "sealed/fetching"]
 
 
 async def test_nothing_is_begun_while_a_write_hangs(

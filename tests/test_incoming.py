@@ -117,6 +117,30 @@ async def test_discarding_never_empties_what_gets_into_place(
         assert parts.litter() == []
 
 
+async def test_a_late_discard_spares_what_a_later_attempt_brings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sectorfs.stores.incoming.DISCARD_SECONDS", 0.1)
+    async with rig(tmp_path, "one") as parts:
+        (path,) = parts.store.paths()
+        first = Incoming(path, Lane(path.path, deadline=5), SEALED, owner=OWNER)
+        await first.begin()
+        gate: Gate = Gate(
+            monkeypatch, "open", lambda name, *_, **__: name == "fetching" and not gate.met.is_set()
+        )
+        await first.discard()
+        assert gate.met.is_set()
+        second = Incoming(path, Lane(path.path, deadline=5), SEALED, owner=OWNER)
+        await second.begin()
+        writer = await second.create("")
+        gate.opened.set()
+        await until(lambda: first._lane.busy == 0)
+        await second.end(writer, 0, 10**18)
+        writer.close()
+        await second.commit(10**18)
+        assert there(parts.path("one") / str(SEALED))
+
+
 async def test_a_file_that_comes_at_the_last_moment_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

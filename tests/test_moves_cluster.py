@@ -281,6 +281,8 @@ def test_delete_takes_only_what_is_here_and_not_to_be_kept(pair: Pair) -> None:
         ("force=yes", {}),
         ("force=true&force=true", {}),
         ("", {"sectorfs_expect": "rubbish"}),
+        ("", {"sectorfs_moved_to": "../x"}),
+        ("", {"sectorfs_moved_to": ""}),
         ("", {"sectorfs_expect": f"{'9' * 40}-1"}),
     ],
 )

@@ -187,14 +187,12 @@ class Copies:
     async def discard(self, partial: Partial) -> None:
         """Give up a partly received file; works in a cancelled scope as well, and never raises."""
         partial.descriptor.close()
-        wanted = Wanted()
 
         def call() -> None:
-            wanted.require(partial.path)
             with suppress(FileNotFoundError):
                 partial.path.unlink()
 
-        with trio.move_on_after(DISCARD_SECONDS, shield=True), wanted:
+        with trio.move_on_after(DISCARD_SECONDS, shield=True):
             try:
                 await self.lane.run(call, what=f"discard copy of {partial.file}")
             except SectorFSError as exc:
