@@ -6,6 +6,7 @@ bare string for a sector or a type. Names follow the layout of lotus and Curio s
 
 The values are msgspec structs because the catalog holds millions of them and a struct costs a fifth
 of a frozen dataclass to make; they carry no JSON meaning here (wire shapes live in `index.rpc`).
+They cannot be part of a circle, so the garbage collector is spared them (``gc=False``).
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def file_types(mask: int) -> tuple[FileType, ...]:
     return tuple(file_type for file_type in FileType if mask & file_type)
 
 
-class SectorID(msgspec.Struct, frozen=True, order=True):
+class SectorID(msgspec.Struct, frozen=True, order=True, gc=False):
     """A sector: the miner's actor id and the sector's number (pieces use miner 0)."""
 
     miner: int
@@ -131,7 +132,7 @@ def parse_sector(name: str) -> SectorID:
     return SectorID(miner, number)
 
 
-class SectorFile(msgspec.Struct, frozen=True, order=True):
+class SectorFile(msgspec.Struct, frozen=True, order=True, gc=False):
     """One file (or directory of files) of a sector: what the Index declares."""
 
     file_type: FileType
@@ -141,7 +142,7 @@ class SectorFile(msgspec.Struct, frozen=True, order=True):
         return f"{self.file_type.dir_name}/{self.sector.name}"
 
 
-class MemberFacts(msgspec.Struct, frozen=True, order=True):
+class MemberFacts(msgspec.Struct, frozen=True, order=True, gc=False):
     """Name, size in bytes and modification time of one file in a sector directory."""
 
     name: str
@@ -149,7 +150,7 @@ class MemberFacts(msgspec.Struct, frozen=True, order=True):
     mtime_ns: int
 
 
-class Facts(msgspec.Struct, frozen=True):
+class Facts(msgspec.Struct, frozen=True, gc=False):
     """What `stat` would tell of a sector file, sent with its declaration."""
 
     size: int

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from msgspec.structs import astuple
 
 from sectorfs.index.catalog import Catalog, FileChange
 from sectorfs.index.merge import Reload
@@ -95,14 +96,11 @@ def lease(holder: str, of: int = 7, *, read: int = 0, write: int = 0, seconds: f
 
 def pack_of(declarations: Iterable[Declaration]) -> Pack:
     """Declarations, which are in key order, as columns."""
-    return pack(map(_row, declarations))
+    return pack(map(_row, declarations), lambda facts: [astuple(one) for one in facts])
 
 
-def _row(one: Declaration) -> PackedRow:
+def _row(one: Declaration) -> PackedRow[tuple[MemberFacts, ...]]:
     sector, facts = one.file.sector, one.facts
-    members = None
-    if facts is not None and facts.members is not None:
-        members = [(member.name, member.size, member.mtime_ns) for member in facts.members]
     return (
         int(one.file.file_type),
         sector.miner,
@@ -111,7 +109,7 @@ def _row(one: Declaration) -> PackedRow:
         int(one.primary),
         None if facts is None else facts.size,
         None if facts is None else facts.mtime_ns,
-        members,
+        None if facts is None else facts.members,
     )
 
 

@@ -27,7 +27,7 @@ PAGE = 1000
 """Sector files that `files_of` gives at a time."""
 
 
-class Entry(msgspec.Struct, frozen=True):
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """What is known of a sector file."""
 
     facts: Facts | None
@@ -36,7 +36,7 @@ class Entry(msgspec.Struct, frozen=True):
     """By ascending storage id; never empty."""
 
 
-class FileChange(msgspec.Struct, frozen=True):
+class FileChange(msgspec.Struct, frozen=True, gc=False):
     """A sector file came, went, or has other facts than before."""
 
     file: SectorFile

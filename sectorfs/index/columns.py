@@ -126,7 +126,8 @@ class Chunk:
     def remove(self, start: int, end: int, codes: Codes) -> None:
         """Take rows out."""
         lengths = sum(codes.lengths[shape] for shape in self.shapes[start:end])
-        self.held.subtract(_held(self.holders[start:end]))
+        for holder in self.holders[start:end]:
+            self.held[holder >> 1] -= 1
         numbers = self.names.all
         rest = numbers[:start] + numbers[end:]
         gone = set(numbers[start:end]).difference(rest[max(0, start - 1) : start + 1])

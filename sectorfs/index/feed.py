@@ -34,7 +34,7 @@ PAGE = 500
 """Changes asked for at a time: decoding and applying them takes a few milliseconds."""
 SNAPSHOT_PAGE = 1000
 """Rows of a snapshot asked for at a time."""
-SLICE = 250
+SLICE = 200
 """Changes applied without a checkpoint."""
 PATIENCE = 6
 """Heartbeats after which a replaced Index is taken over, whatever it still lacks."""

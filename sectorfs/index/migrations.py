@@ -118,6 +118,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "INSERT INTO meta VALUES ('epoch', lower(hex(randomblob(16))))",
     ),
     (_LEASE,),
+    (
+        # With this column a page of everything needs no look at the table, which has another order.
+        "DROP INDEX idx_sector_location_order",
+        "CREATE INDEX idx_sector_location_order ON sector_location"
+        " (sector_filetype, miner_id, sector_num, storage_id, is_primary)",
+    ),
 )
 """Statements of each step; the version of a database is how many steps it has had."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import TypeVar
@@ -31,8 +31,11 @@ UNTOLD, PLAIN, FIRST_SHAPE = 0, 1, 2
 """Numbers of shapes: nobody told any facts; no directory; the first one that stands in a table."""
 
 Members = Sequence[tuple[str, int, int]]
-PackedRow = tuple[int, int, int, str, int, int | None, int | None, Members | None]
-"""File type, miner, number, storage, primary, and the facts: size, mtime_ns, members."""
+"""Name, size and mtime_ns of the files of a directory."""
+
+M = TypeVar("M")
+PackedRow = tuple[int, int, int, str, int, int | None, int | None, M | None]
+"""File type, miner, number, storage, primary, and the facts: size, mtime_ns, encoded members."""
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -122,23 +125,27 @@ class _Numbered(dict[K, int]):
         return number
 
 
-def pack(rows: Iterable[PackedRow]) -> Pack:
+def pack(rows: Iterable[PackedRow[M]], decode: Callable[[M], Members]) -> Pack:
     """Rows, which are in key order, as columns."""
     storages = _Numbered[str]()
     shapes = _Numbered[Shape]()
     runs: dict[FileType, list[Run]] = {}
     for (file_type, miner), group in groupby(rows, itemgetter(0, 1)):
-        run = _run(miner, list(group), storages, shapes)
+        run = _run(miner, list(group), decode, storages, shapes)
         runs.setdefault(FileType(file_type), []).append(run)
     return Pack(runs, tuple(map(StorageID, storages)), tuple(shapes))
 
 
 def _run(
-    miner: int, group: list[PackedRow], storages: _Numbered[str], shapes: _Numbered[Shape]
+    miner: int,
+    group: list[PackedRow[M]],
+    decode: Callable[[M], Members],
+    storages: _Numbered[str],
+    shapes: _Numbered[Shape],
 ) -> Run:
     # Column by column: a million rows are packed at every start.
     _, _, numbers, names, primaries, sizes, mtimes, members = zip(*group, strict=True)
-    found, times = _shaped(sizes, members, shapes)
+    found, times = _shaped(sizes, members, decode, shapes)
     return Run(
         miner,
         array("q", numbers),
@@ -151,14 +158,18 @@ def _run(
 
 
 def _shaped(
-    sizes: Sequence[int | None], members: Sequence[Members | None], shapes: _Numbered[Shape]
+    sizes: Sequence[int | None],
+    members: Sequence[M | None],
+    decode: Callable[[M], Members],
+    shapes: _Numbered[Shape],
 ) -> tuple[array[int], array[int]]:
     """Shapes and times of rows."""
     found = array("I", [UNTOLD if size is None else PLAIN for size in sizes])
     times: array[int] = array("q")
-    for position, files in enumerate(members):
-        if files is None:
+    for position, encoded in enumerate(members):
+        if encoded is None:
             continue
+        files = decode(encoded)  # one at a time: thousands of tuples at once occupy the collector
         names, lengths, when = zip(*files, strict=True) if files else ((), (), ())
         found[position] = FIRST_SHAPE + shapes[names, lengths]
         times.extend(when)

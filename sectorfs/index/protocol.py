@@ -82,7 +82,7 @@ class StorageStatus(msgspec.Struct, frozen=True, kw_only=True):
         return not self.error and self.heartbeat_age <= cutoff
 
 
-class Declaration(msgspec.Struct, frozen=True):
+class Declaration(msgspec.Struct, frozen=True, gc=False):
     """A storage holds a sector file."""
 
     file: SectorFile
@@ -98,7 +98,7 @@ class Declaration(msgspec.Struct, frozen=True):
         return LocationKey(self.file, self.storage)
 
 
-class LocationKey(msgspec.Struct, frozen=True, order=True):
+class LocationKey(msgspec.Struct, frozen=True, order=True, gc=False):
     """(sector file, storage): the key of a declaration, and the order snapshots are paged in."""
 
     file: SectorFile

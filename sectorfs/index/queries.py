@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sectorfs.index.packed import Pack, pack
+from sectorfs.index.packed import Pack
 from sectorfs.index.protocol import Changes, Declaration, Lease, LocationKey, StorageStatus
 from sectorfs.index.rows import (
     LEASE_COLUMNS,
@@ -17,7 +17,7 @@ from sectorfs.index.rows import (
     to_declaration,
     to_file_type,
     to_lease,
-    to_packed,
+    to_pack,
     to_status,
 )
 from sectorfs.index.transactions import Kind
@@ -118,12 +118,12 @@ def packed(db: Connection, after: SectorFile | None, limit: int) -> tuple[Pack, 
             (*_file_values(after), limit),
         ).fetchall()
         if len(rows) < limit:
-            return pack(map(to_packed, rows)), None
+            return to_pack(rows), None
         # The last sector file may have more declarations than fitted: it is left to the next page.
         cut = rows[-1][:3]
         whole = [row for row in rows if row[:3] != cut]
         if whole:
-            return pack(map(to_packed, whole)), _to_file(whole[-1])
+            return to_pack(whole), _to_file(whole[-1])
         limit *= 2
 
 

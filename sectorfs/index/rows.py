@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 
 import msgspec
 
-from sectorfs.index.packed import PackedRow
+from sectorfs.index.packed import Pack, PackedRow, pack
 from sectorfs.index.protocol import Declaration, FsStat, Lease, Lock, StorageInfo, StorageStatus
 from sectorfs.types import Facts, FileType, MemberFacts, SectorFile, SectorID, StorageID
 
@@ -134,11 +134,9 @@ def to_declaration(row: Row) -> Declaration:
     )
 
 
-def to_packed(row: Row) -> PackedRow:
-    """The same for a column of many."""
-    if row[7] is None:
-        return cast(PackedRow, row)
-    return cast(PackedRow, (*row[:7], _members.decode(row[7])))
+def to_pack(rows: Sequence[Row]) -> Pack:
+    """Many declarations in key order, from `LOCATION_COLUMNS`."""
+    return pack(cast(Sequence[PackedRow[bytes]], rows), _members.decode)
 
 
 def _to_members(blob: bytes | None) -> tuple[MemberFacts, ...] | None:
