@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
 
 from sectorfs.errors import BadConfig
-from sectorfs.types import parse_file_type
+from sectorfs.types import parse_file_type, parse_storage_id
 
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
+Passthrough = Literal["auto", "off", "require"]
+"""Whether the kernel is to read large local files past the daemon."""
+
 _Count = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 
 
@@ -70,6 +73,10 @@ class MountConfig(_Section, frozen=True):
     gid: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 2)] = 0
     types: tuple[str, ...] = ()
     """Type directories shown even while empty, beside ``unsealed``, ``sealed``, ``cache``."""
+    passthrough: Passthrough = "auto"
+    """Read local files of 1 MiB and more past the daemon; ``require``: or do not mount."""
+    passthrough_storages: dict[str, Passthrough] = {}
+    """The same for single storages, by id."""
 
 
 class CacheConfig(_Section, frozen=True):
@@ -146,6 +153,11 @@ def _checked(data: Any, origin: object) -> Config:
             raise BadConfig(f"{key} {path!r} is not a path", origin)
     if not config.cache.path:
         raise BadConfig("cache.path is empty", origin, "name a directory, or leave the key out")
+    for storage in config.mount.passthrough_storages:
+        try:
+            parse_storage_id(storage)
+        except ValueError as exc:
+            raise BadConfig(f"mount.passthrough_storages: {exc}", origin) from exc
     for name in config.mount.types:
         try:
             parse_file_type(name)

@@ -18,6 +18,7 @@ from sectorfs.errors import NoSource, NotFound
 from sectorfs.fuse.inodes import Row
 from sectorfs.fuse.operations import Mount, SectorOperations
 from sectorfs.index.protocol import Declaration, FsStat, StorageInfo, StorageStatus
+from sectorfs.stores.file_systems import local_file_system
 from sectorfs.stores.lanes import Descriptor, Lane
 from sectorfs.stores.protocol import OpenFile, State
 from sectorfs.types import Facts, FileType, MemberFacts, SectorFile, SectorID, StorageID
@@ -167,6 +168,8 @@ class DirectoryStore:
         self.opened: list[OpenFile] = []
         self.waiting = 0
         """Opens that are under way."""
+        self.proved = False
+        """It tells which files lie on local file systems."""
 
     def attach(self, storage: StorageID, root: Path, *, deadline: float = 60) -> None:
         self.roots[storage] = root
@@ -203,6 +206,7 @@ class DirectoryStore:
             storage=storage,
             path=str(path),
             lane=lane,
+            file_system=local_file_system(fd) if self.proved else "",
         )
         self.opened.append(opened)
         return opened
@@ -269,7 +273,7 @@ class World:
             self.announce(self.catalog.declare(file, facts_of(path), opened.storage))
 
     def announce(self, *changes: Changed) -> None:
-        self.operations.notifications.changed(changes)
+        self.operations.changed(changes)
 
     def put(self, text: str, data: bytes, storage: StorageID = HERE) -> Path:
         """Write a sector file (``sealed/7``) or a member (``cache/7/p_aux``), and declare it."""

@@ -327,6 +327,8 @@ CONFIGS = [
     ("[peers]\nparallel = 1.5\n", "peers.parallel"),
     ('[peers]\ntoken_file = "a\\u0000b"\n', "peers.token_file"),
     ('[mount]\ntypes = ["x"]\n', "mount.types"),
+    ('[mount]\npassthrough = "yes"\n', "mount.passthrough"),
+    ('[mount]\npassthrough_storages = { "a/b" = "off" }\n', "mount.passthrough_storages"),
     ('[mount]\nallow_other = "yes"\n', "mount.allow_other"),
     ("[mount]\nuid = -1\n", "mount.uid"),
     ('[cache]\npath = ""\n', "cache.path"),

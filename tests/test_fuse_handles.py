@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import trio
+from prometheus_client import REGISTRY
 
 from sectorfs.errors import BadInput, DiskError, NotFound, Stale, StorageUnavailable, Unreachable
-from sectorfs.fuse import handles
+from sectorfs.fuse import handles, kernel
+from sectorfs.fuse.backing import Policy
 from sectorfs.fuse.handles import MAX_READ, Handles
 from sectorfs.fuse.inodes import InodeTable
 from sectorfs.fuse.tree import Tree
-from sectorfs.metrics import OPEN_FILES
 from sectorfs.stores.lanes import Descriptor, Lane
 from sectorfs.stores.protocol import OpenFile, State
 from sectorfs.types import Facts, FileType, SectorFile
@@ -27,6 +28,7 @@ from tests.mount_fixtures import (
     DirectoryStore,
     eventually,
     facts_of,
+    open_descriptors,
     open_gates,
     sector_file,
 )
@@ -52,6 +54,8 @@ class Fixture:
             self.inodes,
             on_stale=self.on_stale,
             invalidate=lambda file, member: self.forgotten.append((file, member)),
+            kernel=kernel,
+            policy=Policy(),
         )
         self.path = root / str(FILE)
         self.path.parent.mkdir()
@@ -280,12 +284,15 @@ async def test_a_disk_that_was_silent_is_read_again(
         fixture.handles.release(handle)
 
 
+def shown_open_files() -> float | None:
+    return REGISTRY.get_sample_value("sectorfs_open_files")
+
+
 async def test_each_handle_is_closed_once(fixture: Fixture) -> None:
-    before = OPEN_FILES._value.get()
     handles = [await fixture.open() for _ in range(3)]
     assert len(set(handles)) == 3
     assert fixture.handles.open_files == 3
-    assert OPEN_FILES._value.get() == before + 3
+    assert shown_open_files() == 3
     for handle in handles:
         fixture.handles.release(handle)
         with pytest.raises(BadInput):
@@ -293,13 +300,13 @@ async def test_each_handle_is_closed_once(fixture: Fixture) -> None:
         with pytest.raises(BadInput):
             await fixture.handles.read(handle, 0, 1)
     assert fixture.all_closed()
-    assert OPEN_FILES._value.get() == before
+    assert shown_open_files() == 0
 
 
 async def test_an_open_file_pins_its_inode(fixture: Fixture) -> None:
     number = fixture.number()
     handle = await fixture.handles.open(number)
-    fixture.inodes.forget(number, 1)
+    fixture.inodes.forget([(number, 1)])
     assert number in fixture.inodes
     fixture.handles.release(handle)
     assert number not in fixture.inodes
@@ -312,7 +319,7 @@ async def test_a_cancelled_open_leaves_nothing(fixture: Fixture) -> None:
         nursery.start_soon(fixture.handles.open, number)
         await eventually(lambda: fixture.store.waiting == 1)
         nursery.cancel_scope.cancel()
-    fixture.inodes.forget(number, 1)
+    fixture.inodes.forget([(number, 1)])
     assert number not in fixture.inodes
     fixture.store.lanes[HERE].gate.set()
     await eventually(lambda: fixture.store.lanes[HERE].busy == 0)
@@ -339,17 +346,12 @@ async def test_an_open_cancelled_while_it_reports_closes_its_file(fixture: Fixtu
     assert open_descriptors(fixture.path) == 0
 
 
-def open_descriptors(path: Path) -> int:
-    links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
-    return sum(os.path.lexists(link) and os.readlink(link) == str(path) for link in links)
-
-
 async def test_a_failed_open_keeps_no_pin(fixture: Fixture) -> None:
     number = fixture.number()
     fixture.path.unlink()
     with pytest.raises(NotFound):
         await fixture.handles.open(number)
-    fixture.inodes.forget(number, 1)
+    fixture.inodes.forget([(number, 1)])
     assert len(fixture.inodes) == 0
 
 
@@ -465,6 +467,8 @@ async def test_a_report_that_hangs_or_fails_is_still_stale(
         fixture.inodes,
         on_stale=report,
         invalidate=lambda file, member: fixture.forgotten.append((file, member)),
+        kernel=kernel,
+        policy=Policy(),
     )
     with pytest.raises(Stale):
         await handles.open(number)

@@ -8,6 +8,9 @@ never replied: the kernel takes a short reply for the end of the file.
 Opening proves that the bytes belong to the inode: the name must still stand for the inode's content
 and the opened file must have the size the inode shows. Otherwise the answer is ESTALE, upon which
 the kernel looks the name up again and opens what it finds then.
+
+Files on local disks are opened once for all handles of an inode and kept for a while (`backing`);
+any other file is opened for each handle anew, because asking whether it is still the same may wait.
 """
 
 from __future__ import annotations
@@ -16,19 +19,22 @@ import errno
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+import msgspec
 import trio
 
 from sectorfs.errors import BadInput, SectorFSError, Stale, StorageUnavailable, from_os
+from sectorfs.fuse.backing import Backing, BackingFiles, Kernel, Policy, kept_limit
 from sectorfs.fuse.inodes import Content, InodeKey, InodeTable
 from sectorfs.fuse.tree import Listing, Tree
 from sectorfs.index.content import same_mtime
 from sectorfs.metrics import OPEN_FILES
 from sectorfs.stores.lanes import Descriptor
 from sectorfs.stores.protocol import OpenFile, SectorStore
-from sectorfs.types import SectorFile
+from sectorfs.types import SectorFile, StorageID
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +46,9 @@ whose read-ahead failed, and the reader would wait for a second deadline."""
 STALE_PATIENCE = 5.0
 """Seconds an open waits for the catalog to learn of changed content before it answers ESTALE."""
 
+TIDY_SECONDS = 2.0
+"""So often the files that are kept are looked at: one that was removed takes room till then."""
+
 OnStale = Callable[[SectorFile, str | None, OpenFile], Awaitable[None]]
 """Told that an opened file differs from its declaration; returns once the catalog may know."""
 Invalidate = Callable[[SectorFile, str | None], None]
@@ -47,13 +56,24 @@ Invalidate = Callable[[SectorFile, str | None], None]
 
 
 class _File:
-    __slots__ = ("nowait", "number", "opened", "silent_until")
+    __slots__ = ("backing", "nowait", "number", "opened", "silent_until")
 
-    def __init__(self, number: int, opened: OpenFile) -> None:
+    def __init__(self, number: int, opened: OpenFile, backing: Backing | None = None) -> None:
         self.number = number
         self.opened = opened
+        self.backing = backing
+        """None for a file of one handle."""
         self.nowait = True  # until its file system says that it knows no RWF_NOWAIT
         self.silent_until = -math.inf
+
+
+class OpenCounts(msgspec.Struct, frozen=True):
+    """Open files of the mount by the way they are read."""
+
+    passthrough: int
+    daemon: int
+    kept: int
+    """Files that nobody has open, kept open for the next reader."""
 
 
 class Handles:
@@ -67,6 +87,8 @@ class Handles:
         *,
         on_stale: OnStale,
         invalidate: Invalidate,
+        kernel: Kernel,
+        policy: Policy,
     ) -> None:
         self._store = store
         self._tree = tree
@@ -74,17 +96,51 @@ class Handles:
         self._on_stale = on_stale
         self._invalidate = invalidate
         self._files: dict[int, _File] = {}
+        # How often an inode is open on files of one handle each, and so through the daemon.
+        self._single: Counter[int] = Counter()
         self._directories: dict[int, Listing] = {}
         self._last = 0
         self._shared = bytearray(MAX_READ)
+        self.backing = BackingFiles(
+            kernel, policy, limit=kept_limit(), on_close=self._backing_closed
+        )
+        OPEN_FILES.set_function(lambda: self.open_files)  # some are opened without Python
 
     @property
     def open_files(self) -> int:
         """Regular files open now."""
-        return len(self._files)
+        return self._single.total() + sum(opens for _, opens in self.backing.in_use())
+
+    def counts(self) -> OpenCounts:
+        """How the files open now are read."""
+        past = sum(self.passed().values())
+        return OpenCounts(past, self.open_files - past, self.backing.idle)
+
+    def passed(self) -> Counter[StorageID]:
+        """How many files of each storage are open past the daemon, which cannot help them."""
+        counts: Counter[StorageID] = Counter()
+        for entry, opens in self.backing.in_use():
+            if entry.backing_id:
+                counts[entry.opened.storage] += opens
+        return counts
+
+    async def keep_tidy(self) -> None:
+        """Close files that were kept long enough; until cancelled."""
+        while True:
+            await trio.sleep(TIDY_SECONDS)
+            await self.backing.tidy()
+
+    def backing_id(self, handle: int) -> int:
+        """How the kernel is to read an open file: by this id, or 0 for through the daemon."""
+        entry = self._file(handle).backing
+        return entry.backing_id if entry is not None else 0
 
     async def open(self, number: int) -> int:
         """Open an inode for reading and return its file handle."""
+        entry = self.backing.get(number)
+        if entry is not None and self._is_current(entry):
+            self.backing.acquire(entry, daemon=number in self._single)
+            return entry.handle
         key = self._inodes.pin(number)
         if key is None:
             raise Stale("no such inode", f"inode {number}", "open the file again")
@@ -92,16 +148,48 @@ class Handles:
             opened = await self._store.open(key.file, key.member)
             try:
                 await self._prove(key, opened)
+                return self._admit(number, key, opened)
             except BaseException:
                 opened.close()
                 raise
         except BaseException:
             self._inodes.unpin(number)
             raise
+
+    def _admit(self, number: int, key: InodeKey, opened: OpenFile) -> int:
+        """Give a proved file to the inode; takes it and the inode's pin over unless it raises."""
+        entry = self.backing.get(number)
+        if entry is not None:
+            if entry.confirm(opened):  # somebody else opened it meanwhile, or its times changed
+                opened.close()
+                self._inodes.unpin(number)
+                self.backing.acquire(entry, daemon=number in self._single)
+                return entry.handle
+            self._part(entry)
         handle = self._next()
-        self._files[handle] = _File(number, opened)
-        OPEN_FILES.inc()
+        if opened.file_system:
+            entry = self.backing.add(number, key, handle, opened, daemon=number in self._single)
+            self._files[handle] = _File(number, opened, entry)
+        else:
+            self._single[number] += 1
+            self._files[handle] = _File(number, opened)
         return handle
+
+    def _part(self, entry: Backing) -> None:
+        """Keep another file of the same content apart from the one its inode is open on.
+
+        Read past the daemon, an inode can have no second file. So whoever opens the name next finds
+        it under another number, while those who have it open keep theirs.
+        """
+        if self.backing.is_passed(entry):
+            self._inodes.retire(entry.number)
+            self._invalidate(entry.key.file, entry.key.member)
+            raise Stale("is open on a file that was replaced", entry.key.file, "open it again")
+        self.backing.part(entry)
+
+    def _is_current(self, entry: Backing) -> bool:
+        key = entry.key
+        return self._tree.current(key.file, key.member) == key and entry.unchanged
 
     async def read(self, handle: int, offset: int, size: int) -> bytes | memoryview:
         """Bytes at `offset`, fewer than `size` only at the end of the file.
@@ -132,11 +220,18 @@ class Handles:
             raise
 
     def release(self, handle: int) -> None:
-        """Close an open file."""
-        file = self._files.pop(handle, None)
-        if file is None:
+        """Close an open file, for one of those who have it open."""
+        file = self._file(handle)
+        entry = file.backing
+        if entry is not None and not entry.opens:
             raise BadInput("no such file handle", handle)
-        OPEN_FILES.dec()
+        if entry is not None:
+            self.backing.release(entry)
+            return
+        del self._files[handle]
+        self._single[file.number] -= 1
+        if not self._single[file.number]:
+            del self._single[file.number]
         self._inodes.unpin(file.number)
         file.opened.close()
 
@@ -176,12 +271,17 @@ class Handles:
 
     def close_all(self) -> None:
         """Close what the kernel did not release, because its connection ended first."""
+        self.backing.close_all()
         for handle, file in list(self._files.items()):
             try:
                 self.release(handle)
             except OSError as exc:
                 log.warning("%s: close: %s", file.opened.path, exc)
         self._directories.clear()
+
+    def _backing_closed(self, entry: Backing) -> None:
+        del self._files[entry.handle]
+        self._inodes.unpin(entry.number)
 
     def _next(self) -> int:
         self._last += 1

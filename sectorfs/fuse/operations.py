@@ -32,6 +32,7 @@ import trio
 from sectorfs.config import MountConfig
 from sectorfs.errors import MountFailed, ReadOnly, SectorFSError
 from sectorfs.fuse import mounts, xattrs
+from sectorfs.fuse.backing import Policy
 from sectorfs.fuse.handles import Handles, Invalidate, OnStale
 from sectorfs.fuse.interrupts import Interrupts
 from sectorfs.fuse.listings import Listings
@@ -150,8 +151,20 @@ class SectorOperations(pyfuse3.Operations):
         self.notifications = Notifications(self.inodes, shown_types=self.tree.shown_types)
         invalidate: Invalidate = self.notifications.forget_name
         self.handles = Handles(
-            store, self.tree, self.inodes, on_stale=on_stale, invalidate=invalidate
+            store,
+            self.tree,
+            self.inodes,
+            on_stale=on_stale,
+            invalidate=invalidate,
+            kernel=kernel,
+            policy=Policy(config.passthrough, config.passthrough_storages),
         )
+
+    def changed(self, changes: Sequence[Change]) -> None:
+        """Sector files came, went or are others: the kernel forgets what it knows of them."""
+        self.notifications.changed(changes)
+        for change in changes:
+            self.handles.backing.changed(change.file)
 
     def init(self) -> None:
         """The kernel has introduced itself; its caches, and notices to them, begin here."""
@@ -241,6 +254,9 @@ class SectorOperations(pyfuse3.Operations):
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & (os.O_TRUNC | os.O_APPEND):
             raise ReadOnly("read-only mount", f"inode {inode}")
         handle = await self.handles.open(inode)
+        backing_id = self.handles.backing_id(handle)
+        if backing_id:
+            kernel.mark_open(handle, backing_id=backing_id)
         return pyfuse3.FileInfo(fh=handle, direct_io=False, keep_cache=True)
 
     @replies
@@ -398,6 +414,7 @@ class Mount:
                     nursery.start_soon(self._answer, nursery.cancel_scope)
                     await self._operations.introduced.wait()
                     nursery.start_soon(self._operations.interrupts.run)
+                    nursery.start_soon(self._operations.handles.keep_tidy)
                     # Not earlier: the introduction sets the kernel's own bounds.
                     if self._mount is not None:
                         mounts.tune(self._mount)

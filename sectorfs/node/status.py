@@ -51,7 +51,7 @@ class Node:
     def on_change(self, changes: Sequence[FileChange]) -> None:
         """The catalog changed: tell the kernel."""
         if self.operations is not None:
-            self.operations.notifications.changed(changes)
+            self.operations.changed(changes)
 
     async def status(self) -> reports.StatusReport:
         """What the node does now."""
