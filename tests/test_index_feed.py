@@ -14,6 +14,7 @@ from prometheus_client import REGISTRY
 from sectorfs.errors import SectorFSError, TimedOut, Unauthorized, Unreachable
 from sectorfs.index.catalog import Catalog, FileChange
 from sectorfs.index.feed import PAGE, SNAPSHOT_PAGE, Feed
+from sectorfs.index.merge import SLICE
 from sectorfs.index.protocol import (
     Changes,
     HealthReport,
@@ -109,10 +110,10 @@ async def test_more_than_a_page_is_loaded_and_followed(node: Node) -> None:
     await steps(node)
     assert len(node.catalog) == count
     await node.index.declare([held("a", count + number) for number in range(count)])
-    await steps(node, 5)
+    await steps(node, count // PAGE + 1)
     assert len(node.catalog) == 2 * count
     await node.index.drop([key("a", number) for number in range(count)])
-    await steps(node, 5)
+    await steps(node, count // PAGE + 1)
     assert [one.number for one in node.catalog.sectors(FileType.SEALED)] == list(
         range(count, 2 * count)
     )
@@ -139,6 +140,59 @@ async def test_detaching_a_large_storage_yields_to_the_loop(node: Node) -> None:
     assert len(set(sizes)) > 4
     assert len(node.catalog) == 5
     assert sum(one.vanished for one in node.found) == 1995
+
+
+async def sizes_during(node: Node, count: int) -> list[int]:
+    """How many sector files there were at each moment of a step at which others could look."""
+    sizes = [len(node.catalog)]
+
+    async def watch() -> None:
+        while True:
+            sizes.append(len(node.catalog))
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        await steps(node, count)
+        nursery.cancel_scope.cancel()
+    return [*sizes, len(node.catalog)]
+
+
+def longest(sizes: list[int]) -> int:
+    """Of two steps: the one who watches may miss one."""
+    return max(abs(later - earlier) for earlier, later in pairwise(sizes))
+
+
+async def test_load_and_reload_never_do_much_at_once(node: Node) -> None:
+    count = 4 * SNAPSHOT_PAGE
+    await node.index.declare([held("a", number) for number in range(count)])
+    loading = await sizes_during(node, 1)
+    assert (loading[0], loading[-1]) == (0, count)
+    assert longest(loading) <= 2 * SNAPSHOT_PAGE
+    # More changes than are kept, so that a new snapshot is taken; it lacks nearly everything.
+    await node.index.drop([key("a", number) for number in range(count) if number % 1000])
+    node.found.clear()
+    reloading = await sizes_during(node, 2)
+    assert (reloading[0], reloading[-1]) == (count, count // 1000)
+    assert longest(reloading) <= 2 * SLICE
+    assert len(node.found) == count - count // 1000
+    assert all(one.vanished for one in node.found)
+
+
+async def test_cancelled_reload_begins_anew(node: Node) -> None:
+    await node.index.declare([held("a", number) for number in range(3000)])
+    await steps(node)
+    await node.index.drop([key("a", number) for number in range(2, 3000)])
+    await steps(node)
+    with trio.CancelScope() as scope:
+        node.feed._on_change = lambda found: scope.cancel()
+        await steps(node)
+    assert 2 < len(node.catalog) < 3000
+    await node.index.declare([held("a", 4000)])
+    await steps(node)
+    numbers = [one.number for one in node.catalog.sectors(FileType.SEALED)]
+    assert numbers == [0, 1, 4000]
+    assert node.catalog.seq == (await node.index.snapshot()).seq
 
 
 async def test_cancelled_step_is_made_up_for(node: Node) -> None:

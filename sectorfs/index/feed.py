@@ -30,7 +30,7 @@ from sectorfs.types import SectorFile, StorageID
 
 log = logging.getLogger(__name__)
 
-PAGE = 500
+PAGE = 250
 """Changes asked for at a time: decoding and applying them takes a few milliseconds."""
 SNAPSHOT_PAGE = 1000
 """Rows of a snapshot asked for at a time."""
