@@ -21,7 +21,7 @@ endef
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml Makefile $(wildcard sectorfs/*/*.c)
+$(VENV)/.ready: pyproject.toml Makefile $(wildcard sectorfs/*/*.[ch])
 	$(call install,$(PACKAGES))
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'

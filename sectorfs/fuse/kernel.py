@@ -14,6 +14,7 @@ import functools
 import logging
 import os
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -151,19 +152,26 @@ def interrupted() -> list[tuple[int, int, bool]]:
     return _kernel.interrupted() if _LOADED else []
 
 
-@functools.lru_cache(maxsize=1)
-def _judge(facts: tuple[int, bool, bool, bool]) -> Offer:
+def judge(facts: tuple[int, bool, bool, bool], try_backing: Callable[[], str]) -> Offer:
+    """What follows from the number of the session, whether the kernel introduced itself, offers
+    passthrough and grants it, and from why it refuses a backing file."""
     session, introduced, offered, granted = facts
     if not session:
-        return Offer(False, False, False, "libfuse before 3.14, or pyfuse3 was loaded first")
+        return Offer(False, False, False, "no mount, or libfuse is older than 3.14")
     if not introduced:
-        return Offer(False, True, True, "the kernel has not introduced itself")
-    if not offered:
-        return Offer(False, True, True, "passthrough needs Linux 6.9 with CONFIG_FUSE_PASSTHROUGH")
-    if not granted:
-        return Offer(False, True, True, "no passthrough with a writeback cache")
-    refusal = _try_backing()
-    return Offer(not refusal, True, True, refusal)
+        reason = "the kernel has not introduced itself"
+    elif not offered:
+        reason = "passthrough needs Linux 6.9 with CONFIG_FUSE_PASSTHROUGH"
+    elif not granted:
+        reason = "no passthrough with a writeback cache"
+    else:
+        reason = try_backing()
+    return Offer(not reason, True, True, reason)
+
+
+@functools.lru_cache(maxsize=1)
+def _judge(facts: tuple[int, bool, bool, bool]) -> Offer:
+    return judge(facts, _try_backing)
 
 
 def _try_backing() -> str:
