@@ -29,7 +29,7 @@ from sectorfs.stores.transfer import PeerClient
 from sectorfs.types import Facts, FileType, MemberFacts, SectorFile, SectorID, StorageID
 from sectorfs.wire import tokens
 from sectorfs.wire.client import Client
-from sectorfs.wire.messages import Reply, Request, text_reply
+from sectorfs.wire.messages import Gone, Reply, Request, text_reply
 from tests.local_fixtures import FAST, SwitchedIndex, make_path, put, switched_index, until
 from tests.wire_fixtures import FolderFiles, octets, open_fds, running
 
@@ -90,7 +90,7 @@ class Peer:
             yield
 
 
-async def _no_rpc(body: bytes, allowed: frozenset[str]) -> tuple[int, bytes]:
+async def _no_rpc(body: bytes, allowed: frozenset[str], *, gone: Gone) -> tuple[int, bytes]:
     raise AssertionError("peers are not asked over RPC")
 
 
@@ -295,6 +295,21 @@ async def test_local_file_that_vanished_is_had_from_a_peer(
         with pytest.raises(NoSource) as caught:
             await w.store.open(SEALED)
         assert len(caught.value.causes) == 2, "the local failure is told as well"
+
+
+async def test_a_path_that_is_away_is_named_when_nobody_else_has_the_file(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        path = tmp_path / "disk"
+        make_path(path)
+        put(path, SEALED, DATA)
+        await w.local.attach(str(path))
+        await w.sync()
+        next(local for local in w.local.paths() if local.path == str(path)).fail(
+            StorageUnavailable("read: no answer within 15 s", path)
+        )
+        with pytest.raises(NoSource, match="no answer within 15 s") as caught:
+            await w.store.open(SEALED)
+        assert str(path) in caught.value.hint
 
 
 async def test_path_of_both_nodes_is_shared(tmp_path: Path) -> None:

@@ -74,6 +74,13 @@ def test_a_node_shows_its_own_files_and_then_everybodys(pair: tuple[Node, Node])
     assert any(AWAY in problem for problem in shown.problems)
     assert (shown.index.connected, shown.index.age) == (False, None)
     assert [one.path for one in shown.storages if one.files] == [str(second.root / "second-disk")]
+    (disk,) = [one for one in shown.storages if one.files]
+    assert (disk.healthy, disk.error) == (True, None)
+    metadata = second.root / "second-disk/sectorstore.json"
+    metadata.rename(f"{metadata}.away")  # as an unmounted disk looks
+    until("the path to be shown unhealthy", lambda: is_away(second, disk.storage))
+    os.rename(f"{metadata}.away", metadata)
+    until("the path to be well", lambda: not is_away(second, disk.storage))
     assert run("storage", "list", repo=second.repo.root).returncode == 5
     put(second.root / "second-disk/sealed/s-t01000-7", b"later")
     until("a file that comes meanwhile", (mount / "sealed/s-t01000-7").exists)
@@ -95,6 +102,12 @@ def test_a_node_shows_its_own_files_and_then_everybodys(pair: tuple[Node, Node])
     after = {name: (mount / "sealed" / name).stat().st_ino for name in numbers}
     assert after == numbers
     until("no problem to be left", lambda: not status(second).problems)
+
+
+def is_away(node: Node, storage: str) -> bool:
+    """A path is shown as lost, by its own node, with the Index away."""
+    (shown,) = [one for one in status(node).storages if one.storage == storage]
+    return not shown.healthy and "sectorstore.json is gone" in str(shown.error)
 
 
 @pytest.mark.mount

@@ -7,6 +7,8 @@ import math
 import os
 from collections.abc import Sequence
 
+import msgspec
+
 from sectorfs import __version__
 from sectorfs.config import Config
 from sectorfs.errors import Unreachable
@@ -108,7 +110,15 @@ class Node:
         """Of the Index, or of the catalog while the Index is away."""
         if self.feed.connected:
             try:
-                return await self.admin.storages()
+                return [self._as_seen_here(one) for one in await self.admin.storages()]
             except Unreachable:
                 log.debug("status: the Index does not answer, showing the catalog")
-        return self.admin.storages_known()
+        return [self._as_seen_here(one) for one in self.admin.storages_known()]
+
+    def _as_seen_here(self, report: reports.StorageReport) -> reports.StorageReport:
+        """Of this node's own paths it knows more than it last told the Index."""
+        for path in self.local.paths():
+            if path.storage == report.storage:
+                error = path.health_error() or (report.error if self.feed.connected else None)
+                return msgspec.structs.replace(report, healthy=error is None, error=error)
+        return report

@@ -482,7 +482,14 @@ class RemoteStore:
         self, file: SectorFile, member: str | None, causes: list[SectorFSError]
     ) -> NoSource:
         thing = f"{file}/{member}" if member else str(file)
-        return NoSource("no source can give it", thing, causes)
+        entry = self._catalog.entry(file)
+        holders = {item.storage for item in entry.declarations} if entry else set()
+        away: list[SectorFSError] = [
+            StorageUnavailable(path.error, path.path)
+            for path in self._local.paths()
+            if path.storage in holders and not path.available
+        ]
+        return NoSource("no source can give it", thing, causes or away)
 
 
 def _wanted(facts: Facts | None, member: str | None) -> MemberFacts | None:
