@@ -102,9 +102,7 @@ class DictCatalog:
     def listed(
         self, file_type: FileType, names: Sequence[SectorID], start: int, limit: int
     ) -> list[Row | None]:
-        return [
-            self._row(SectorFile(file_type, sector)) for sector in names[start : start + limit]
-        ]
+        return [self._row(SectorFile(file_type, sector)) for sector in names[start : start + limit]]
 
     def _row(self, file: SectorFile) -> Row | None:
         entry = self.entry(file)
@@ -251,6 +249,7 @@ class World:
             cutoff=50,
             local_path=self.local_path,
             filesystem=lambda storage: None,
+            local_file_system=self.local_file_system,
             on_stale=self.on_stale,
         )
 
@@ -265,6 +264,9 @@ class World:
     def local_path(self, file: SectorFile, storage: StorageID) -> str | None:
         root = self.store.roots.get(storage)
         return str(root / str(file)) if root else None
+
+    def local_file_system(self, storage: StorageID) -> str:
+        return "ext4" if self.store.proved and storage in self.store.roots else ""
 
     async def on_stale(self, file: SectorFile, member: str | None, opened: OpenFile) -> None:
         self.stale.append((file, member))

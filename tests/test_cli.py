@@ -774,7 +774,8 @@ def test_status_of_a_node(say: Say, repo: Repo, tmp_path: Path) -> None:
         assert set(shown["index"]) == {"url", "connected", "seq", "age"}
         assert (shown["index"]["url"], shown["index"]["connected"]) == ("sqlite", True)
         assert [set(item) for item in shown["storages"]] == [STORAGE_KEYS] * 2
-        assert shown["files"] == {"open": 0, "passthrough": 0, "daemon": 0, "stream": 0}
+        ways = ("open", "passthrough", "daemon", "stream", "kept")
+        assert shown["files"] == dict.fromkeys(ways, 0)
         assert (shown["fetches"], shown["scans"], shown["problems"]) == ([], [], [])
         text = fine(say("status")).out
         for word in (str(node.pid()), str(path), repo.api(), "connected"):
@@ -898,7 +899,9 @@ def test_status_for_people_shows_what_goes_on(capsys: pytest.CaptureFixture[str]
         pid=7,
         repo="/r",
         api="http://a:1",
-        mount=reports.MountReport(path="/sectors", mode="ro", passthrough="off"),
+        mount=reports.MountReport(
+            path="/sectors", mode="ro", passthrough="off", passthrough_reason="too [old]"
+        ),
         index=reports.IndexReport(url="http://i:1/rpc/v0", connected=False, seq=3, age=None),
         storages=[],
         files=reports.FilesReport(open=5, passthrough=0, daemon=5, stream=0),
@@ -920,7 +923,8 @@ def test_status_for_people_shows_what_goes_on(capsys: pytest.CaptureFixture[str]
     output.print_status(Console(width=120), report)
     text = capsys.readouterr().out
     for words in (
-        "/sectors (ro)",
+        "/sectors (ro), every read through the daemon: too [old]",
+        "5 (5 through it)",
         "http://i:1/rpc/v0: never seen, change 3",
         "away for 62 s",
         "fetching cache/s-t01000-7/p_aux from http://[::1]:8480/remote #####............... 25%",

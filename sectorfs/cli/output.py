@@ -124,6 +124,8 @@ def sector_table(sector: reports.SectorReport) -> Table:
 def print_status(out: Console, status: reports.StatusReport) -> None:
     """`status` for people."""
     mount = f"{status.mount.path} ({status.mount.mode})" if status.mount else "none"
+    if status.mount is not None and status.mount.passthrough_reason is not None:
+        mount += f", every read through the daemon: {status.mount.passthrough_reason}"
     away = "never seen" if status.index.age is None else f"away for {status.index.age:.0f} s"
     index = "connected" if status.index.connected else away
     rows = (
@@ -131,7 +133,7 @@ def print_status(out: Console, status: reports.StatusReport) -> None:
         ("api", status.api),
         ("mount", mount),
         ("index", f"{status.index.url}: {index}, change {status.index.seq}"),
-        ("open files", str(status.files.open)),
+        ("open files", _open_files(status.files)),
     )
     for name, text in rows:
         out.print(f"[bold]{name:<11}[/]{_escape(text)}", highlight=False)
@@ -144,6 +146,15 @@ def print_status(out: Console, status: reports.StatusReport) -> None:
         out.print(f"scanning {_escape(scan.path)}: {scan.done} entries")
     for problem in status.problems:
         out.print(f"[red]{_escape(problem)}[/]", highlight=False)
+
+
+def _open_files(files: reports.FilesReport) -> str:
+    if not files.open:
+        return "0"
+    ways = {"past the daemon": files.passthrough, "through it": files.daemon}
+    ways["streamed"] = files.stream
+    shown = ", ".join(f"{count} {way}" for way, count in ways.items() if count)
+    return f"{files.open} ({shown})"
 
 
 def bar(share: float, width: int = 20) -> str:

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 PASSTHROUGH_FROM = 1 << 20
 """Bytes from which a file is worth a backing id."""
-IDLE_SECONDS = 60.0
+IDLE_SECONDS = 30.0
 """For so long a file without handles is kept."""
 TIDY_BATCH = 64
 """Entries looked at between two turns of others on the loop: 200 µs."""
@@ -80,6 +80,11 @@ class Policy(msgspec.Struct, frozen=True):
     def allows(self, storage: StorageID) -> bool:
         """True where passthrough is wanted."""
         return self.by_storage.get(storage, self.default) != "off"
+
+    @property
+    def wanted(self) -> bool:
+        """True unless it is off for all."""
+        return any(mode != "off" for mode in (self.default, *self.by_storage.values()))
 
     @property
     def requires(self) -> bool:

@@ -22,6 +22,7 @@ import os
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import Literal
 
 import msgspec
 import trio
@@ -51,6 +52,8 @@ TIDY_SECONDS = 2.0
 
 OnStale = Callable[[SectorFile, str | None, OpenFile], Awaitable[None]]
 """Told that an opened file differs from its declaration; returns once the catalog may know."""
+ReadPath = Literal["passthrough", "daemon"]
+"""Whether the kernel reads a file itself."""
 Invalidate = Callable[[SectorFile, str | None], None]
 """Makes the kernel forget a name; never waits."""
 
@@ -115,6 +118,17 @@ class Handles:
         """How the files open now are read."""
         past = sum(self.passed().values())
         return OpenCounts(past, self.open_files - past, self.backing.idle)
+
+    def read_path(self, number: int, storage: StorageID | None, file_system: str) -> ReadPath:
+        """How an inode is read, or would be were it opened on a storage now."""
+        entry = self.backing.get(number)
+        if entry is not None and entry.backing_id:
+            return "passthrough"
+        key = self._inodes.key(number)
+        if number in self._single or storage is None or key is None or key.content is None:
+            return "daemon"
+        passes = self.backing.passes(storage, key.content.size, file_system)
+        return "passthrough" if passes else "daemon"
 
     def passed(self) -> Counter[StorageID]:
         """How many files of each storage are open past the daemon, which cannot help them."""

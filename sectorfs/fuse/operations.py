@@ -26,6 +26,7 @@ from sectorfs.fuse.inodes import InodeTable, PageReply
 
 # isort: split
 # The linker must have seen their extensions before it sees pyfuse3.
+import msgspec
 import pyfuse3
 import trio
 
@@ -47,7 +48,7 @@ from sectorfs.fuse.tree import (
 )
 from sectorfs.metrics import FUSE_REQUESTS, FUSE_SECONDS
 from sectorfs.stores.protocol import SectorStore
-from sectorfs.types import SectorFile, StorageID
+from sectorfs.types import SectorFile, StorageID, parse_storage_id
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +131,7 @@ class SectorOperations(pyfuse3.Operations):
         cutoff: float,
         local_path: xattrs.LocalPath,
         filesystem: Callable[[StorageID], Hashable | None],
+        local_file_system: Callable[[StorageID], str],
         on_stale: OnStale,
     ) -> None:
         super().__init__()
@@ -139,6 +141,8 @@ class SectorOperations(pyfuse3.Operations):
         self._cutoff = cutoff
         self._local_path = local_path
         self._filesystem = filesystem
+        self._local_file_system = local_file_system
+        self._policy = Policy(config.passthrough, config.passthrough_storages)
         self.introduced = trio.Event()
         self.interrupts = Interrupts()
         self.inodes = InodeTable()
@@ -157,7 +161,7 @@ class SectorOperations(pyfuse3.Operations):
             on_stale=on_stale,
             invalidate=invalidate,
             kernel=kernel,
-            policy=Policy(config.passthrough, config.passthrough_storages),
+            policy=self._policy,
         )
 
     def changed(self, changes: Sequence[Change]) -> None:
@@ -165,6 +169,21 @@ class SectorOperations(pyfuse3.Operations):
         self.notifications.changed(changes)
         for change in changes:
             self.handles.backing.changed(change.file)
+
+    @property
+    def passthrough(self) -> str:
+        """Why no file is read past the daemon; empty when large local ones are."""
+        if not self._policy.wanted:
+            return "mount.passthrough is off"
+        offer = kernel.offer()
+        return "" if offer.passthrough else offer.reason
+
+    def check_passthrough(self) -> None:
+        """`MountFailed` when the configuration requires what the kernel does not offer."""
+        if self._policy.requires and self.passthrough:
+            raise MountFailed(
+                f"passthrough is required: {self.passthrough}", "mount", "or set it to auto"
+            )
 
     def init(self) -> None:
         """The kernel has introduced itself; its caches, and notices to them, begin here."""
@@ -292,7 +311,7 @@ class SectorOperations(pyfuse3.Operations):
         self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext
     ) -> bytes:
         """One of `user.sectorfs.*`."""
-        return xattrs.value(name, self.inodes.key(inode), self._describe)
+        return xattrs.value(name, self.inodes.key(inode), functools.partial(self._describe, inode))
 
     @replies
     async def listxattr(
@@ -301,7 +320,7 @@ class SectorOperations(pyfuse3.Operations):
         """None, so that nobody copies them."""
         return []
 
-    def _describe(self, file: SectorFile) -> xattrs.Subject:
+    def _describe(self, number: int, file: SectorFile) -> xattrs.Subject:
         copies = xattrs.locations(
             self._catalog,
             file,
@@ -309,7 +328,14 @@ class SectorOperations(pyfuse3.Operations):
             now=trio.current_time(),
             cutoff=self._cutoff,
         )
-        return xattrs.Subject(file, self._store.state(file), copies)
+        subject = xattrs.Subject(file, self._store.state(file), copies)
+        copy = subject.preferred
+        if copy is None or copy.path is None:
+            return subject
+        storage = parse_storage_id(copy.storage)
+        kind = self._local_file_system(storage)
+        read_path = self.handles.read_path(number, storage, kind)
+        return msgspec.structs.replace(subject, read_path=read_path)
 
     def _entry(self, attributes: Attributes) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
@@ -417,7 +443,7 @@ class Mount:
                     nursery.start_soon(self._operations.handles.keep_tidy)
                     # Not earlier: the introduction sets the kernel's own bounds.
                     if self._mount is not None:
-                        mounts.tune(self._mount)
+                        mounts.tune(self._mount, bounds=not kernel.attached())
                     task_status.started()
         finally:
             self.ended.set()
@@ -464,7 +490,8 @@ class Mount:
 def _is_crash(exc: BaseException | None) -> bool:
     if isinstance(exc, BaseExceptionGroup):
         return any(_is_crash(inner) for inner in exc.exceptions)
-    return isinstance(exc, Exception)
+    # One that fails at its start was never used by anybody.
+    return isinstance(exc, Exception) and not isinstance(exc, MountFailed)
 
 
 async def _try(what: str, call: Callable[[], None]) -> None:

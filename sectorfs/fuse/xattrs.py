@@ -41,6 +41,7 @@ class Subject(msgspec.Struct, frozen=True):
     file: SectorFile
     state: State
     locations: tuple[Location, ...]
+    read_path: str = "daemon"
 
     @property
     def preferred(self) -> Location | None:
@@ -118,7 +119,7 @@ _VALUES: dict[str, Callable[[Subject], str | bytes | None]] = {
     "file_type": lambda subject: subject.file.file_type.dir_name,
     "miner": lambda subject: str(subject.file.sector.miner),
     "number": lambda subject: str(subject.file.sector.number),
-    "read_path": lambda subject: "daemon",
+    "read_path": lambda subject: subject.read_path,
     "verified": _verified,
     "digest": _none,
     "progress": _progress,

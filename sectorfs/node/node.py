@@ -20,7 +20,7 @@ import trio
 from sectorfs import __version__
 from sectorfs.config import Config
 from sectorfs.errors import DiskError, Refused, SectorFSError, StorageUnavailable
-from sectorfs.fuse import mounts
+from sectorfs.fuse import backing, mounts
 from sectorfs.fuse.operations import Mount, SectorOperations
 from sectorfs.index.catalog import Catalog, FileChange
 from sectorfs.index.feed import Feed
@@ -62,6 +62,7 @@ CATCH_UP_SECONDS = 5.0
 async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> AsyncIterator[Node]:
     """Build a node, running when the block begins; `mount.run` is left to the caller."""
     repo.create()
+    backing.raise_descriptor_limit()
     async with AsyncExitStack() as stack:
         stack.enter_context(repo.lock())
         known = storage_list.read_storage_list(str(repo.storage_json))
@@ -111,6 +112,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             declared=catalog.declared,
             account=lambda path: space.stat(path),
             on_attach=lambda path: moves.remover.clear_leftovers(path),
+            on_lost=lambda storage: node.lose(storage),
         )
         peers = PeerClient(client)
         copies = await _open_copies(repo, config)
@@ -238,6 +240,7 @@ async def _mount(stack: AsyncExitStack, node: Node, mountpoint: Path) -> None:
         cutoff=config.index.cutoff,
         local_path=node.admin.file_path,
         filesystem=node.local.filesystem,
+        local_file_system=node.local.file_system,
         on_stale=partial(_recheck, node.feed, node.local),
     )
     mount = Mount(

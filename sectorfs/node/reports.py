@@ -102,6 +102,9 @@ class MountReport(msgspec.Struct, kw_only=True):
     path: str
     mode: str
     passthrough: str
+    """``on`` when the kernel reads large local files past the daemon, or ``off``."""
+    passthrough_reason: str | None = None
+    """Why it is off."""
 
 
 class IndexReport(msgspec.Struct, kw_only=True):
@@ -121,6 +124,8 @@ class FilesReport(msgspec.Struct, kw_only=True):
     passthrough: int
     daemon: int
     stream: int
+    kept: int = 0
+    """Files that nobody has open, kept open for the next reader."""
 
 
 class FetchReport(msgspec.Struct, kw_only=True):

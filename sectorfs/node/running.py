@@ -44,6 +44,7 @@ async def run_node(
                 if node.mount is not None:
                     serving.start_soon(_serve_mount, node.mount, ended)
                     await _wait_answer(node.mount.path)
+                    node.check_mount()
                 _spare_collector()
                 repo.write_api(node.api)
                 try:

@@ -20,6 +20,7 @@ from sectorfs.node.admin import LocalAdmin
 from sectorfs.node.repo import Repo
 from sectorfs.stores.local import LocalStore
 from sectorfs.stores.remote import RemoteStore
+from sectorfs.types import StorageID
 
 log = logging.getLogger(__name__)
 
@@ -55,24 +56,32 @@ class Node:
         if self.operations is not None:
             self.operations.changed(changes)
 
+    def check_mount(self) -> None:
+        """`MountFailed` when the mount cannot be what the configuration requires."""
+        if self.operations is not None:
+            self.operations.check_passthrough()
+
+    def lose(self, storage: StorageID) -> None:
+        """A storage of this node was detached or fell silent: nobody gets its open files."""
+        if self.operations is not None:
+            self.operations.handles.backing.lose(storage)
+
     async def status(self) -> reports.StatusReport:
         """What the node does now."""
-        files = self.operations.handles.open_files if self.operations else 0
         storages = await self._storages()
         problems = [f"storage {item.storage}: {item.error}" for item in storages if item.error]
         problems += [f"not attached: {why}" for why in self.local.waiting().values()]
         if not self.feed.connected:
             away = f"the Index at {self.config.index.url} does not answer"
             problems.append(self.remark or away)
+        problems += self._waiting_with_their_disk()
         return reports.StatusReport(
             running=True,
             version=__version__,
             pid=os.getpid(),
             repo=str(self.repo.root),
             api=self.api,
-            mount=reports.MountReport(path=self.mount.path, mode="ro", passthrough="off")
-            if self.mount
-            else None,
+            mount=self._mount_report(),
             index=reports.IndexReport(
                 url=self.config.index.url,
                 connected=self.feed.connected,
@@ -80,7 +89,7 @@ class Node:
                 age=self.feed.age if math.isfinite(self.feed.age) else None,
             ),
             storages=storages,
-            files=reports.FilesReport(open=files, passthrough=0, daemon=files, stream=0),
+            files=self._files_report(),
             fetches=[
                 reports.FetchReport(
                     sector=fetch.file.sector.name,
@@ -95,6 +104,39 @@ class Node:
             scans=await self.admin.scans(),
             problems=problems,
         )
+
+    def _mount_report(self) -> reports.MountReport | None:
+        if self.mount is None or self.operations is None:
+            return None
+        reason = self.operations.passthrough
+        return reports.MountReport(
+            path=self.mount.path,
+            mode="ro",
+            passthrough="off" if reason else "on",
+            passthrough_reason=reason or None,
+        )
+
+    def _files_report(self) -> reports.FilesReport:
+        if self.operations is None:
+            return reports.FilesReport(open=0, passthrough=0, daemon=0, stream=0)
+        counts = self.operations.handles.counts()
+        return reports.FilesReport(
+            open=counts.passthrough + counts.daemon,
+            passthrough=counts.passthrough,
+            daemon=counts.daemon,
+            stream=0,
+            kept=counts.kept,
+        )
+
+    def _waiting_with_their_disk(self) -> list[str]:
+        """Of what is read past the daemon on paths that do not answer, which no deadline ends."""
+        passed = self.operations.handles.passed() if self.operations else {}
+        return [
+            f"{path.path}: {passed[path.storage]} files are open past the daemon; "
+            "their readers wait for the disk, as on the bare disk"
+            for path in self.local.paths()
+            if not path.available and passed.get(path.storage)
+        ]
 
     @property
     def remark(self) -> str:

@@ -56,6 +56,15 @@ class FileSystems:
         return name
 
 
+def look_at_directory(path: str) -> tuple[os.stat_result, str]:
+    """`stat` of a directory, and the name of the local file system it is on."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return os.fstat(fd), local_file_system(fd)
+    finally:
+        os.close(fd)
+
+
 def local_file_system(fd: int) -> str:
     """Name of the local file system that an open file lies on; empty for every other kind.
 

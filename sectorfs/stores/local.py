@@ -18,6 +18,7 @@ from sectorfs.config import StorageConfig, TimeoutsConfig
 from sectorfs.errors import DiskError, NotFound, Refused, SectorFSError, StorageUnavailable
 from sectorfs.index.protocol import FsStat, SectorIndex, StorageInfo
 from sectorfs.stores.directories import OpenDirectory, open_directory
+from sectorfs.stores.file_systems import look_at_directory
 from sectorfs.stores.keeper import IndexLink, Keeper, ScanCounts
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.local_path import LocalPath
@@ -46,6 +47,7 @@ class _Found(msgspec.Struct, frozen=True):
     metadata: Metadata
     identity: tuple[int, int]
     real: str
+    file_system: str
     stat: FsStat
 
 
@@ -64,7 +66,7 @@ class LocalStore:
     file, and what one of them declared about it. They decide the order of probing and notice
     declarations that are out of date; correctness does not rest on them. `account` says what space
     is promised to files under way; `on_attach` is a task for each path that gets attached, and must
-    not raise.
+    not raise; `on_lost` is told of paths that are detached or do not answer.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class LocalStore:
         declared: Callable[[SectorFile, StorageID], Facts | None] | None = None,
         account: Callable[[LocalPath], Awaitable[FsStat]] | None = None,
         on_attach: Callable[[LocalPath], Awaitable[object]] | None = None,
+        on_lost: Callable[[StorageID], object] | None = None,
     ) -> None:
         self._index = index
         self._urls = urls
@@ -91,6 +94,7 @@ class LocalStore:
         self._declared = declared
         self._account = account
         self._on_attach = on_attach
+        self._on_lost = on_lost
         self._link = IndexLink()
         self._watcher: Watcher | None = None
         self._nursery: trio.Nursery | None = None
@@ -130,6 +134,11 @@ class LocalStore:
         """Device number under a path, to count the space of one that several paths share once."""
         path = self._paths.get(storage)
         return path.identity[0] if path is not None else None
+
+    def file_system(self, storage: StorageID) -> str:
+        """Name of the local file system below a path; empty for any other."""
+        path = self._paths.get(storage)
+        return path.file_system if path is not None else ""
 
     def note(self, storage: StorageID, file: SectorFile) -> None:
         """A file may not be as it was declared: have it looked at soon. Never blocks."""
@@ -214,6 +223,8 @@ class LocalStore:
             )
             local.stat = found.stat
             local.account = self._account
+            local.file_system = found.file_system
+            local.on_lost = self._on_lost
             if self._watch and self._watcher is None:
                 self._watcher = Watcher(self._listener())
             keeper = Keeper(
@@ -284,6 +295,7 @@ class LocalStore:
                 self._start(self._keepers[local.storage])
                 raise
             del self._paths[local.storage], self._keepers[local.storage]
+            local.lose()
             local.forget_metrics()
             if self._watcher is not None:
                 self._watcher.forget(local.storage)
@@ -553,12 +565,13 @@ def _examine(where: str) -> _Found:
         raise Refused(
             "is not a storage path: it has no sectorstore.json", where, "initialise it with --init"
         ) from exc
-    found = os.stat(where)
+    found, file_system = look_at_directory(where)
     raw = raw_space(where)
     return _Found(
         metadata=metadata,
         identity=(found.st_dev, found.st_ino),
         real=os.path.realpath(where),
+        file_system=file_system,
         stat=fs_stat(raw, max_storage=metadata.info.max_storage, used=None),
     )
 

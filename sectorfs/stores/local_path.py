@@ -19,7 +19,7 @@ import trio
 from sectorfs import metrics
 from sectorfs.errors import NotFound, SectorFSError, StorageUnavailable
 from sectorfs.index.protocol import FsStat, StorageInfo
-from sectorfs.stores.file_systems import FileSystems
+from sectorfs.stores.file_systems import FileSystems, look_at_directory
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.metadata import Metadata, read_metadata
 from sectorfs.stores.protocol import OpenFile
@@ -71,6 +71,10 @@ class LocalPath:
         """Why it is not available."""
         self.file_systems = FileSystems()
         """Which of its files lie on a file system of this machine."""
+        self.file_system = ""
+        """Name of the local file system below it; empty for any other."""
+        self.on_lost: Callable[[StorageID], object] | None = None
+        """Told when it becomes unavailable, and when it is detached."""
         self.trouble: dict[FileType, str] = {}
         """Type directories that cannot be read, and why."""
         self.stat = FsStat()
@@ -131,8 +135,10 @@ class LocalPath:
             log.warning("storage path %s is unavailable: %s", self.path, reason)
         # A disk that was only silent has lost nothing: watches and waiting looks go on.
         self._changed_unseen = self._changed_unseen or type(exc) is not StorageUnavailable
-        self.available = False
+        was_available, self.available = self.available, False
         self.error = reason
+        if was_available:
+            self.lose()
         metrics.STORAGE_HEALTHY.labels(self.storage).set(0)
         return exc
 
@@ -148,6 +154,11 @@ class LocalPath:
         self.available = True
         self.error = ""
         metrics.STORAGE_HEALTHY.labels(self.storage).set(1)
+
+    def lose(self) -> None:
+        """Nobody is to be given files that were opened on it before."""
+        if self.on_lost is not None:
+            self.on_lost(self.storage)
 
     def forget_metrics(self) -> None:
         """It is detached: show its figures no longer."""
@@ -198,7 +209,9 @@ class LocalPath:
     async def probe(self) -> None:
         """Ask the disk for identity and space, and set availability; a sick disk does not raise."""
         try:
-            raw, self.identity = await self.lane.share(self._probe, what="health check")
+            raw, self.identity, self.file_system = await self.lane.share(
+                self._probe, what="health check"
+            )
             self._take_space(raw)
             if self.account is not None:
                 self.stat = await self.account(self)
@@ -207,10 +220,10 @@ class LocalPath:
             return
         self.recover()
 
-    def _probe(self) -> tuple[RawSpace, tuple[int, int]]:
+    def _probe(self) -> tuple[RawSpace, tuple[int, int], str]:
         check_identity(self.path, self.storage)
-        found = os.stat(self.path)
-        return raw_space(self.path), (found.st_dev, found.st_ino)
+        found, kind = look_at_directory(self.path)
+        return raw_space(self.path), (found.st_dev, found.st_ino), kind
 
     def feel_pulse(self) -> None:
         """The disk fell silent, which makes it unavailable, or answers again: then `probe` it."""
