@@ -95,6 +95,10 @@ class Unsupported(SectorFSError):
     exit_code = 2
 
 
+class NoRanges(Unsupported):
+    """A source that gives files whole only."""
+
+
 class Unauthorized(SectorFSError):
     """No token, or one that does not verify."""
 

@@ -21,6 +21,7 @@ import trio
 
 from sectorfs.errors import (
     Forbidden,
+    NoRanges,
     NotFound,
     Refused,
     SectorFSError,
@@ -101,6 +102,16 @@ class Version(msgspec.Struct, frozen=True):
     mtime_ns: int
     """0 when it does not say."""
     etag: str = ""
+
+    def agrees(self, other: Version) -> bool:
+        """True unless the two tell of different contents."""
+        return (
+            self.size == other.size
+            and (
+                not self.mtime_ns or not other.mtime_ns or same_mtime(self.mtime_ns, other.mtime_ns)
+            )
+            and (not self.etag or not other.etag or self.etag == other.etag)
+        )
 
 
 class Latency(msgspec.Struct, frozen=True):
@@ -238,12 +249,13 @@ class PeerClient:
     ) -> Version:
         """Give `deliver` the bytes of each span (start, end), all in one request.
 
-        `Stale` when the peer gives another version than `expect`.
+        `Stale` when the peer gives another version than `expect`, as far as either tells;
+        `NoRanges` when it gives files whole only.
         """
         text = ",".join(f"{start}-{end - 1}" for start, end in spans)
         url = _file_url(base_url, file, member)
         async with self._ask("GET", url, (("range", f"bytes={text}"),)) as response:
-            await _expect(response, 206)
+            await _expect_ranges(response)
             wanted = sum(end - start for start, end in spans)
             if len(spans) == 1:
                 version = _span_version(response, spans[0], expect)
@@ -272,7 +284,7 @@ class PeerClient:
         start, end = span
         url = _file_url(base_url, file, member)
         async with self._ask("GET", url, (("range", f"bytes={start}-{end - 1}"),)) as response:
-            await _expect(response, 206)
+            await _expect_ranges(response)
             version = _span_version(response, span, expect)
             await response.save(
                 descriptor, offset=start, length=end - start, run=run, progress=progress
@@ -395,6 +407,15 @@ async def _expect(response: Response, status: int) -> None:
     raise SourceFailed(f"status {response.status} instead of {status}{detail}", response.url)
 
 
+async def _expect_ranges(response: Response) -> None:
+    """Raise what an answer to a request for ranges means, unless it has them."""
+    if response.status == 200:
+        raise NoRanges("sends the whole file instead of a range", response.url)
+    if response.status == 416:
+        raise Stale("the peer has a shorter file by now", response.url, "open the file again")
+    await _expect(response, 206)
+
+
 async def _error_text(response: Response) -> str:
     """The first line of an error's body, if there is a readable one."""
     try:
@@ -451,7 +472,7 @@ def _version(response: Response, total: int | None, expect: Version | None) -> V
     if total is None:
         raise SourceFailed("names no total size", response.url)
     found = Version(total, _mtime_ns(response), response.headers.get("etag", ""))
-    if expect is not None and found != expect:
+    if expect is not None and not found.agrees(expect):
         raise Stale("the peer gives another content by now", response.url, "open the file again")
     return found
 
