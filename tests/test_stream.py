@@ -13,10 +13,18 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from sectorfs.errors import DiskFull, NoSource, SectorFSError, SourceFailed, Stale, TimedOut
+from sectorfs.errors import (
+    DiskError,
+    DiskFull,
+    NoSource,
+    SectorFSError,
+    SourceFailed,
+    Stale,
+    TimedOut,
+)
 from sectorfs.stores import arrivals
 from sectorfs.stores import stream as stream_module
-from sectorfs.stores.arrivals import Arrivals
+from sectorfs.stores.arrivals import Arrivals, Memory
 from sectorfs.stores.blocks import PIECE, Identity, PartialFile
 from sectorfs.stores.gates import Gate, Priority
 from sectorfs.stores.lanes import Descriptor, Lane
@@ -48,6 +56,7 @@ class Sources:
         self.versions: dict[PeerSource, Version] = {}
         self.hold: trio.Event | None = None
         self.cancelled = 0
+        self.disk_error: SectorFSError | None = None
         self.failed: list[PeerSource] = []
 
     def place(self, source: PeerSource, priority: Priority) -> AbstractAsyncContextManager[None]:
@@ -94,6 +103,8 @@ class Sources:
         progress: Callable[[int], object],
     ) -> Version:
         version = await self._answer(source, [span], expect)
+        if self.disk_error is not None:
+            raise self.disk_error
         start, end = span
         step = 300_000
         for count, at in enumerate(range(start, end, step)):
@@ -120,7 +131,7 @@ class Reader:
 
     async def read(self, offset: int, size: int, window: Window | None = None) -> bytes:
         with trio.fail_after(20):
-            return await self.stream.read(window or Window(), offset, size)
+            return bytes(await self.stream.read(window or Window(), offset, size))
 
 
 async def started(
@@ -129,7 +140,9 @@ async def started(
     lane = Lane(str(root), deadline=10)
     identity = Identity(size, MTIME_NS)
     kept = await PartialFile.open(lane, root, "f", identity) if keep else None
-    there = Arrivals("f", kept, lane, nursery)
+    there = Arrivals("f", lane, nursery, Memory())
+    if kept is not None:
+        there.keep(kept)
     made = Stream(
         "f",
         identity,
@@ -171,7 +184,7 @@ async def test_the_end_of_the_file(reader: Reader) -> None:
 async def test_random_reads_are_right_and_never_asked_for_twice(
     reader: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arrivals, "MEMORY", SIZE)  # however slow the disk is
+    monkeypatch.setattr(arrivals, "FILE_MEMORY", SIZE)  # however slow the disk is
     source = random.Random(3)
 
     async def one(number: int) -> None:
@@ -310,7 +323,7 @@ async def test_all_sources_dead_says_why_and_one_that_comes_back_is_used(reader:
     assert [type(cause) for cause in found.value.causes] == [TimedOut, SourceFailed]
     del sources.failures[TWO]
     assert await reader.read(0, 10) == content(0, 10)
-    assert reader.stream.source == TWO.url
+    assert reader.stream.source == TWO
 
 
 async def test_a_changed_source_is_left_for_one_that_is_not(reader: Reader) -> None:
@@ -334,18 +347,16 @@ async def test_changed_everywhere_is_stale_for_good(reader: Reader) -> None:
 
 
 async def test_a_fill_brings_the_rest_and_never_delays_a_reader(reader: Reader) -> None:
-    done = trio.Event()
-    reader.stream.arrivals.on_whole = done.set
     await reader.read(5 * PIECE, 10)
     reader.sources.hold = trio.Event()
-    reader.stream.fill()
-    await wait_all_tasks_blocked()
-    assert reader.sources.gate.taken == 3  # one place is kept for readers
-    hold, reader.sources.hold = reader.sources.hold, None
-    assert await reader.read(SIZE - 100, 100) == content(SIZE - 100, SIZE)
-    hold.set()
     with trio.fail_after(20):
-        await done.wait()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reader.stream.fill)
+            await wait_all_tasks_blocked()
+            assert reader.sources.gate.taken == 3  # one place is kept for readers
+            hold, reader.sources.hold = reader.sources.hold, None
+            assert await reader.read(SIZE - 100, 100) == content(SIZE - 100, SIZE)
+            hold.set()
     kept = reader.stream.arrivals.kept
     assert kept is not None
     assert kept.is_whole
@@ -356,13 +367,64 @@ async def test_a_fill_brings_the_rest_and_never_delays_a_reader(reader: Reader) 
 
 async def test_a_fill_without_sources_ends_with_the_reason(reader: Reader) -> None:
     reader.sources.failures[ONE] = SourceFailed("bad", ONE.url)
-    reader.stream.fill()
-    await wait_all_tasks_blocked()
-    assert isinstance(reader.stream.failure, NoSource)
+    with pytest.raises(NoSource, match="bad"):
+        await reader.stream.fill()
     reader.sources.failures.clear()
-    reader.stream.fill()
+    await reader.stream.fill()
+    assert reader.stream.arrivals.is_whole
+
+
+async def test_a_fill_that_nobody_wants_any_more_stops(reader: Reader) -> None:
+    reader.sources.gate = Gate(2, reserved=1)
+    reader.sources.hold = trio.Event()
+    with trio.move_on_after(0.05):
+        await reader.stream.fill()
+    reader.sources.hold.set()
     await wait_all_tasks_blocked()
-    assert reader.stream.failure is None
+    assert len(reader.sources.asked) == 1
+    assert not reader.stream.arrivals.is_whole
+
+
+async def test_a_fill_goes_on_for_another_that_wants_it(reader: Reader) -> None:
+    reader.sources.hold = trio.Event()
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reader.stream.fill)
+            with trio.move_on_after(0.05):
+                await reader.stream.fill()
+            reader.sources.hold.set()
+    assert sum(end - start for start, end in reader.sources.spans()) == SIZE
+
+
+async def test_a_fill_brings_what_its_readers_gave_up(reader: Reader) -> None:
+    reader.sources.hold = trio.Event()
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            with trio.move_on_after(0.05):
+                async with trio.open_nursery() as readers:
+                    readers.start_soon(reader.read, 0, 10)
+                    await wait_all_tasks_blocked()
+                    nursery.start_soon(reader.stream.fill)
+                    await trio.sleep_forever()
+            reader.sources.hold.set()
+    assert reader.stream.arrivals.is_whole
+
+
+async def test_a_fill_without_a_place_to_keep_it_says_so(
+    tmp_path: Path, nursery: trio.Nursery, sources: Sources
+) -> None:
+    reader = await started(tmp_path, nursery, sources, keep=False)
+    with pytest.raises(DiskError, match="no place"):
+        await reader.stream.fill()
+
+
+async def test_a_disk_that_fails_in_a_transfer_is_not_the_sources_fault(reader: Reader) -> None:
+    kept = reader.stream.arrivals.kept
+    assert kept is not None
+    reader.sources.disk_error = DiskFull("no room", kept.path)
+    assert await reader.read(0, 2 * BULK) == content(0, 2 * BULK)
+    assert reader.sources.failed == []
+    assert reader.stream.arrivals.kept is None
 
 
 async def test_without_a_cache_it_is_read_from_memory(

@@ -1,12 +1,13 @@
 """The bytes of one remote file on this node: those on disk, and those that have only just come.
 
-What comes answers its readers from memory at once; one task writes it behind them. When the cache
-path cannot take it (full, read-only, hung) reading goes on from memory alone: the oldest bytes go
-when there are too many, and are asked for again if need be.
+What comes answers its readers from memory at once; a partial file, as soon as there is one, takes
+it behind them. When the cache path cannot (full, read-only, hung) reading goes on from memory
+alone: the oldest bytes go when there are too many, and are asked for again if need be.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable
@@ -21,35 +22,61 @@ from sectorfs.stores.lanes import Descriptor, Lane
 
 log = logging.getLogger(__name__)
 
-MEMORY = 16 << 20
+FILE_MEMORY = 16 << 20
 """Bytes of one file kept in memory at most, beside those that a reader just waits for."""
+NODE_MEMORY = 256 << 20
+"""The same for all open files of the node."""
 SYNC_EVERY = 16 << 20
 """Bytes after which what came is made durable: so much is asked for again after a crash."""
+READ_NOWAIT = 1 << 20
+"""Bytes of a read that is tried without a thread: the most that today's kernels ask for."""
+
+
+class Memory:
+    """What the open files of a node share."""
+
+    def __init__(self) -> None:
+        self.used = 0
+        """Bytes that came and are not on disk."""
+        self.buffer = bytearray(READ_NOWAIT)
+        """For reads that do not wait; good until the next of them."""
+
+    @property
+    def is_short(self) -> bool:
+        """True when who holds more than it needs should let go."""
+        return self.used > NODE_MEMORY
 
 
 class Arrivals:
     """Where the bytes of one file go and come from; `nursery` is for writing behind."""
 
-    def __init__(
-        self, name: str, kept: PartialFile | None, lane: Lane, nursery: trio.Nursery
-    ) -> None:
-        self.kept = kept
-        """The partial file; None from the start or since its disk failed: memory only."""
+    def __init__(self, name: str, lane: Lane, nursery: trio.Nursery, memory: Memory) -> None:
+        self.kept: PartialFile | None = None
+        """None until there is a partial file, and since its disk failed: memory only."""
         self._name = name
         self._lane = lane
         self._nursery = nursery
+        self._memory = memory
         self._fresh: dict[int, bytes] = {}  # by offset, oldest first
         self._fresh_bytes = 0
-        self._there = kept.present.copy() if kept else Intervals()
+        self._there = Intervals()
+        self._nowait = True  # until the file system says that it knows no RWF_NOWAIT
         self._writing = False
         self._syncing = False
-        self.on_whole: Callable[[], object] = lambda: None
-        """Called once when the last byte is on disk."""
+        self.on_change: Callable[[], object] = lambda: None
+        """Called when the last byte is on disk, and when bytes were lost."""
+        self.needed: Callable[[int, int], bool] = lambda start, end: False
+        """True of bytes that somebody waits for: they are not let go."""
 
     @property
     def total(self) -> int:
         """Bytes that are here."""
         return self._there.total
+
+    @property
+    def is_whole(self) -> bool:
+        """Every byte is on disk."""
+        return self.kept is not None and self.kept.is_whole
 
     def has(self, start: int, end: int) -> bool:
         """True when these bytes are here."""
@@ -59,15 +86,25 @@ class Arrivals:
         """What of these bytes is not here."""
         return self._there.missing(start, end)
 
+    def keep(self, kept: PartialFile) -> None:
+        """Put what came, and what will come, into a partial file, which may have some already."""
+        assert self.kept is None
+        self.kept = kept
+        for start, end in kept.present:
+            self._there.add(start, end)
+        if self._fresh:
+            self._write_behind()
+
     def came(self, offset: int, data: bytes) -> None:
         """Bytes came into memory."""
         old = self._fresh.pop(offset, b"")
         self._fresh[offset] = data = max(old, data, key=len)
-        self._fresh_bytes += len(data) - len(old)
+        self._hold(len(data) - len(old))
         self._there.add(offset, offset + len(data))
         if self.kept is not None:
             self._write_behind()
-        self._shrink()
+        if self._fresh_bytes > FILE_MEMORY or self._memory.is_short:
+            self._shrink()
 
     def saved(self, start: int, end: int) -> None:
         """Bytes came straight into the partial file."""
@@ -76,35 +113,44 @@ class Arrivals:
             self._there.add(start, end)
             self._after_write()
 
+    def take_nowait(self, start: int, end: int) -> bytes | memoryview | None:
+        """These bytes if that takes no thread; a view is good until the caller's next `await`."""
+        for offset, data in self._fresh.items():
+            if offset <= start and end <= offset + len(data):
+                return memoryview(data)[start - offset : end - offset]
+        if self.kept is None or not self._nowait or end - start > READ_NOWAIT:
+            return None
+        if not self.kept.present.covers(start, end):
+            return None
+        view = memoryview(self._memory.buffer)[: end - start]
+        try:
+            with self.kept.descriptor as fd:
+                count = os.preadv(fd, [view], start, os.RWF_NOWAIT)
+        except OSError as exc:
+            self._nowait = exc.errno != errno.EOPNOTSUPP
+            return None  # whatever it is, a thread meets it again, and has time for it
+        return view if count == end - start else None
+
     async def take(self, start: int, end: int) -> bytes | None:
         """These bytes, or None when a part of them has gone meanwhile."""
         if self.kept is not None and self.kept.present.covers(start, end):
-            return await self._lane.run(
-                partial(_read, self.kept.descriptor, start, end), what=f"read {self._name}"
-            )
-        for offset, data in self._fresh.items():
-            if offset <= start and end <= offset + len(data):
-                return data[start - offset : end - offset]
-        return await self._gather(start, end)
-
-    async def _gather(self, start: int, end: int) -> bytes | None:
+            return await self._read(self.kept, start, end)
         found = bytearray(end - start)
         held = Intervals()
         for offset, data in self._fresh.items():
             low, high = max(start, offset), min(end, offset + len(data))
             if low < high:
-                found[low - start : high - start] = data[low - offset : high - offset]
+                found[low - start : high - start] = memoryview(data)[low - offset : high - offset]
                 held.add(low, high)
         for low, high in held.missing(start, end):
             if self.kept is None or not self.kept.present.covers(low, high):
                 return None
-            piece = await self._lane.run(
-                partial(_read, self.kept.descriptor, low, high), what=f"read {self._name}"
-            )
-            if len(piece) != high - low:
-                return None
-            found[low - start : high - start] = piece
+            found[low - start : high - start] = await self._read(self.kept, low, high)
         return bytes(found)
+
+    async def _read(self, kept: PartialFile, start: int, end: int) -> bytes:
+        call = partial(_read, kept.descriptor, start, end)
+        return await self._lane.run(call, what=f"read {self._name}")
 
     def lose_disk(self, cause: SectorFSError) -> None:
         """The cache path failed: go on in memory."""
@@ -114,22 +160,47 @@ class Arrivals:
         log.warning("%s is read without being kept: %s", self._name, cause)
         kept.close()
         self._there = Intervals((at, at + len(data)) for at, data in self._fresh.items())
+        self.on_change()
 
     def close(self) -> None:
-        """Let go of the files; what is durable stays for the next time."""
+        """Let go of everything; what is durable stays for the next time."""
         self._fresh.clear()
+        self._hold(-self._fresh_bytes)
+        self._there = Intervals()
         kept, self.kept = self.kept, None
         if kept is not None:
             kept.close()
 
+    def _hold(self, more: int) -> None:
+        self._fresh_bytes += more
+        self._memory.used += more
+
     def _shrink(self) -> None:
-        """In memory alone the oldest bytes make room; otherwise they leave by being written."""
-        while self._fresh_bytes > MEMORY and len(self._fresh) > 1:
-            offset = next(iter(self._fresh))
-            data = self._fresh.pop(offset)
-            self._fresh_bytes -= len(data)
-            if self.kept is None or not self.kept.present.covers(offset, offset + len(data)):
-                self._there.discard(offset, offset + len(data))
+        """Let the oldest bytes go that nobody waits for."""
+        enough = FILE_MEMORY // 2
+        lost = False
+        for offset, data in list(self._fresh.items()):
+            if self._fresh_bytes <= enough and not self._memory.is_short:
+                break
+            end = offset + len(data)
+            if self.needed(offset, end):
+                continue
+            del self._fresh[offset]
+            self._hold(-len(data))
+            if self.kept is None or not self.kept.present.covers(offset, end):
+                self._there.discard(offset, end)
+                lost = True
+        if lost:
+            self._keep_overlaps()
+            self.on_change()
+
+    def _keep_overlaps(self) -> None:
+        """What was let go may be here a second time."""
+        for offset, data in self._fresh.items():
+            self._there.add(offset, offset + len(data))
+        if self.kept is not None:
+            for start, end in self.kept.present:
+                self._there.add(start, end)
 
     def _write_behind(self) -> None:
         if not self._writing:
@@ -144,8 +215,9 @@ class Arrivals:
                 for offset, data in batch:
                     if self._fresh.get(offset) is data:
                         del self._fresh[offset]
-                        self._fresh_bytes -= len(data)
-                    self._there.add(offset, offset + len(data))
+                        self._hold(-len(data))
+                    if self.kept is not None:
+                        self._there.add(offset, offset + len(data))
                 self._after_write()
         except SectorFSError as exc:
             self.lose_disk(exc)
@@ -157,7 +229,7 @@ class Arrivals:
         if kept is None:
             return
         if kept.is_whole:
-            self.on_whole()
+            self.on_change()
         elif kept.unsynced >= SYNC_EVERY and not self._syncing:
             self._syncing = True
             self._nursery.start_soon(self.sync)

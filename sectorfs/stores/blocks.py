@@ -32,6 +32,7 @@ import xattr
 from sectorfs.errors import DiskError, SourceFailed
 from sectorfs.stores.intervals import Intervals
 from sectorfs.stores.lanes import Descriptor, Lane
+from sectorfs.stores.wanted import Wanted
 
 PIECE = 64 << 10
 """Bytes per mark, and what a small read is rounded to."""
@@ -155,7 +156,10 @@ class PartialFile:
             self._syncing = None
 
     async def finish(self, target: Path) -> None:
-        """Sync the whole file, set its time, give it its final name; the map goes last."""
+        """Sync the whole file, set its time, give it its final name; the map goes last.
+
+        Given up, it shows nothing any more: by then another content may lie at that name.
+        """
         if not self.is_whole:
             raise SourceFailed(f"has {self.present.total} of {self.identity.size} bytes", self.path)
         if self._doubtful:
@@ -169,13 +173,15 @@ class PartialFile:
                     xattr.xattr(fd).remove(IDENTITY)
                 os.fsync(fd)
                 _check_name(fd, path)
+            wanted.require(path)
             os.rename(path, target)
             _sync_folder(target.parent)
             with suppress(FileNotFoundError):
                 os.unlink(path.with_suffix(MAP_SUFFIX))
             _sync_folder(path.parent)
 
-        await self._lane.run(call, what=f"commit {path.name}")
+        with Wanted() as wanted:
+            await self._lane.finish(call, what=f"commit {path.name}")
 
     async def remove(self) -> None:
         """Give it up: close and delete both files."""

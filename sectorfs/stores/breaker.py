@@ -43,12 +43,16 @@ class Breaker:
         """Why it is not closed; empty when it is."""
         return self._reason
 
+    def may_admit(self, now: float) -> bool:
+        """Whether `admit` would say yes."""
+        return self._state == CLOSED or now >= self._until
+
     def admit(self, now: float) -> bool:
         """Whether this caller may ask. While not closed, one who may is the probe."""
+        if not self.may_admit(now):
+            return False
         if self._state == CLOSED:
             return True
-        if now < self._until:
-            return False
         if self._state == HALF_OPEN:
             self._wait_longer()
         self._state = HALF_OPEN

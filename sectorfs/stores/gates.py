@@ -51,14 +51,22 @@ class Gate:
     @asynccontextmanager
     async def place(self, priority: Priority) -> AsyncIterator[None]:
         """Hold a place for the block, once it is this one's turn."""
-        await self._take(priority)
+        await self.take(priority)
         try:
             yield
         finally:
-            self._taken -= 1
-            self._admit()
+            self.give_back()
 
-    async def _take(self, priority: Priority) -> None:
+    def take_nowait(self, priority: Priority) -> bool:
+        """Take a place if it is this one's turn at once."""
+        behind = self._waiting and self._waiting[0][0] <= priority
+        if behind or self._taken >= self._bound(priority):
+            return False
+        self._taken += 1
+        return True
+
+    async def take(self, priority: Priority) -> None:
+        """Wait for a place, which `give_back` returns."""
         waiter = _Waiter()
         self._order += 1
         heappush(self._waiting, (priority, self._order, waiter))
@@ -72,12 +80,20 @@ class Gate:
             self._admit()
             raise
 
+    def give_back(self) -> None:
+        """Somebody else may have the place."""
+        self._taken -= 1
+        self._admit()
+
+    def _bound(self, priority: Priority) -> int:
+        return self._width if priority is Priority.READ else self._background
+
     def _admit(self) -> None:
         """Let in whoever may go; the first in line decides, since the rest want it less."""
         while self._waiting:
             priority, _, waiter = self._waiting[0]
             if not waiter.gone:
-                if self._taken >= (self._width if priority is Priority.READ else self._background):
+                if self._taken >= self._bound(priority):
                     return
                 self._taken += 1
                 waiter.admitted.set()

@@ -106,19 +106,21 @@ class Lane:
         self.check()
         raise self._no_answer(what)
 
-    async def finish(self, call: Callable[[], T], *, what: str) -> T:
+    async def finish(self, call: Callable[[], T], *, what: str, patience: float | None = None) -> T:
         """Run `call` in a thread to its end, cancelled or not: for writes that must not be torn.
 
-        `StorageUnavailable` after `patience` seconds, and at once while the disk is silent. The
-        thread runs on then, and shows nothing that nobody waits for: see `wanted`.
+        `StorageUnavailable` after `patience` seconds (the lane's own unless told), and at once
+        while the disk is silent. The thread runs on then, and shows nothing that nobody waits for:
+        see `wanted`.
         """
         self.check()
-        with trio.move_on_after(self.patience) as scope:
+        patience = self.patience if patience is None else patience
+        with trio.move_on_after(patience) as scope:
             running = await self._start(call, None)
             self._writes.add(running)
             scope.shield = True
             return await self._result(running, what)
-        raise self._no_answer(what, self.patience)
+        raise self._no_answer(what, patience)
 
     def check(self) -> None:
         """`StorageUnavailable` while the disk is silent, or every place is taken by what hangs."""

@@ -15,13 +15,21 @@ Cancelled readers leave; a request that nobody waits for any more goes with its 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Protocol
 
 import trio
 
-from sectorfs.errors import DiskError, NoSource, SectorFSError, Stale, StorageUnavailable
+from sectorfs.errors import (
+    DiskError,
+    NoSource,
+    PermissionRefused,
+    SectorFSError,
+    Stale,
+    StorageUnavailable,
+)
 from sectorfs.stores.arrivals import Arrivals
 from sectorfs.stores.blocks import PIECE, Identity
 from sectorfs.stores.gates import Priority
@@ -36,11 +44,15 @@ log = logging.getLogger(__name__)
 BULK = 512 << 10
 """Bytes from which a range is received straight into the file."""
 AHEAD_CHUNK = 4 << 20
+AHEAD_IN_MEMORY = 2 << 20
+"""Bytes asked for ahead of a reader while nothing is kept."""
 FILL_CHUNK = 8 << 20
 AHEAD_TASKS = 3
 FILL_TASKS = 4
 TOGETHER = 16
 """Ranges in one request at most."""
+SOURCES_SECONDS = 1.0
+"""For so long the order of sources holds, unless one of them fails."""
 
 
 class Carrier(Protocol):
@@ -117,38 +129,62 @@ class Stream:
         self.name = name
         self.identity = identity
         self.arrivals = arrivals
-        self.source = ""
-        """URL of the source that answered last."""
+        self.source: PeerSource | None = None
+        """That answered last."""
         self._carrier = carrier
         self._sources = sources
         self._failed = failed
         self._nursery = nursery
+        self._ranked: Sequence[PeerSource] = ()
+        self._ranked_at = -math.inf
         self._requests: list[_Request] = []
+        self._readers: list[tuple[int, int]] = []
         self._versions: dict[PeerSource, Version] = {}
         self._stale: Stale | None = None
         self._ahead: dict[Window, tuple[int, int]] = {}
         self._pumps = {Priority.AHEAD: 0, Priority.FILL: 0}
-        self._fill = False
+        self._fills = 0
+        self._fill_error: SectorFSError | None = None
+        self._moved = trio.Event()
         self._closed = False
-        self.failure: SectorFSError | None = None
-        """Why filling stopped, if it did."""
+        arrivals.on_change = self._tell
+        arrivals.needed = self._is_read
 
     @property
     def size(self) -> int:
         """Bytes of the whole file."""
         return self.identity.size
 
-    async def read(self, window: Window, offset: int, size: int) -> bytes:
-        """Bytes at `offset`, fewer than `size` only at the end of the file."""
+    @property
+    def stale(self) -> bool:
+        """No source has this content any more."""
+        return self._stale is not None
+
+    async def read(self, window: Window, offset: int, size: int) -> bytes | memoryview:
+        """Bytes at `offset`, fewer than `size` only at the end of the file.
+
+        A view is good until the caller's next `await`.
+        """
         end = min(self.size, offset + size)
-        if offset >= end:
+        if offset < 0 or offset >= end:
             return b""
         self._want_ahead(window, end, window.read(offset, end, self.size))
+        if self._stale is None and self.arrivals.has(offset, end):
+            data = self.arrivals.take_nowait(offset, end)
+            if data is not None:
+                return data
+        self._readers.append((offset, end))
+        try:
+            return await self._read(offset, end)
+        finally:
+            self._readers.remove((offset, end))
+
+    async def _read(self, offset: int, end: int) -> bytes | memoryview:
         while True:
             if self._stale is not None:
                 raise self._stale
             if self.arrivals.has(offset, end):
-                data = await self._take(offset, end)
+                data = self.arrivals.take_nowait(offset, end) or await self._take(offset, end)
                 if data is not None:
                     return data
                 await trio.lowlevel.checkpoint()
@@ -156,11 +192,23 @@ class Stream:
                 for request in requests:
                     await self._wait(request, offset, end)
 
-    def fill(self) -> None:
-        """Bring everything that is missing, behind all readers."""
-        self._fill = True
-        self.failure = None
-        self._pump(Priority.FILL, FILL_TASKS)
+    async def fill(self) -> None:
+        """Bring everything that is missing, behind all readers, to the partial file.
+
+        Several may ask for it; it goes on as long as one of them does.
+        """
+        self._fills += 1
+        self._fill_error = None
+        try:
+            while not self.arrivals.is_whole:
+                if self.arrivals.kept is None:
+                    raise DiskError("there is no place to keep it", self.name)
+                self._pump(Priority.FILL, FILL_TASKS)
+                await self._moved.wait()
+                if self._fill_error is not None:
+                    raise self._fill_error
+        finally:
+            self._fills -= 1
 
     def left(self, window: Window) -> None:
         """A reader is gone."""
@@ -172,6 +220,15 @@ class Stream:
         for request in self._requests:
             request.scope.cancel()
         self.arrivals.close()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Wake those who fill: bytes came to the disk, were lost, or a request ended."""
+        self._moved.set()
+        self._moved = trio.Event()
+
+    def _is_read(self, start: int, end: int) -> bool:
+        return any(low < end and start < high for low, high in self._readers)
 
     async def _take(self, start: int, end: int) -> bytes | None:
         try:
@@ -242,29 +299,42 @@ class Stream:
                     one.ended = True
                     self._requests.remove(one)
                     one.tell()
+            if self._fills:
+                self._tell()
 
     async def _bring(self, request: _Request) -> None:
         """Get a range from source after source."""
         causes: list[SectorFSError] = []
         tried: set[PeerSource] = set()
         while (source := self._next_source(tried)) is not None:
-            tried.add(source)
             try:
                 async with self._carrier.place(source, request.priority):
                     if request.leader is not None:
                         return  # taken along in the moment it was let in
+                    if request.priority is Priority.FILL and not self._fills:
+                        return  # nobody wants a copy any more
                     request.queued = False
                     self._gather(request)
                     await self._transfer(source, request)
                 return
+            except (DiskError, PermissionRefused, StorageUnavailable) as exc:
+                # Our own disk: the same source once more, into memory.
+                self.arrivals.lose_disk(exc)
+                if request.priority is Priority.FILL:
+                    raise
             except SectorFSError as exc:
+                tried.add(source)
                 causes.append(exc)
+                self._ranked_at = -math.inf
                 self._failed(source, exc)
                 log.info("%s: source %s failed: %s", self.name, source.url, exc)
         raise self._verdict(causes)
 
     def _next_source(self, tried: set[PeerSource]) -> PeerSource | None:
-        return next((one for one in self._sources() if one not in tried), None)
+        now = trio.current_time()
+        if now - self._ranked_at > SOURCES_SECONDS:
+            self._ranked, self._ranked_at = self._sources(), now
+        return next((one for one in self._ranked if one not in tried), None)
 
     def _verdict(self, causes: Sequence[SectorFSError]) -> SectorFSError:
         changed = next((cause for cause in causes if isinstance(cause, Stale)), None)
@@ -334,13 +404,15 @@ class Stream:
 
     def _learn(self, source: PeerSource, version: Version) -> None:
         self._versions[source] = version
-        self.source = source.url
+        self.source = source
 
     # --- ahead of readers, and behind them ---
 
     def _want_ahead(self, window: Window, end: int, target: int) -> None:
         """A reader got to `end`, and bytes up to `target` may be wanted soon."""
-        if target - end < PIECE or self.arrivals.kept is None:
+        if self.arrivals.kept is None:
+            target = min(target, end + AHEAD_IN_MEMORY)
+        if target - end < PIECE:
             self._ahead.pop(window, None)
             return
         _, asked = self._ahead.get(window, (0, 0))
@@ -371,7 +443,7 @@ class Stream:
 
     def _next_bulk(self, priority: Priority) -> tuple[int, int] | None:
         if priority is Priority.FILL:
-            wanted = [(0, self.size)] if self._fill and self.arrivals.kept else []
+            wanted = [(0, self.size)] if self._fills and self.arrivals.kept else []
             chunk = FILL_CHUNK
         else:
             wanted, chunk = list(self._ahead.values()), AHEAD_CHUNK
@@ -384,7 +456,6 @@ class Stream:
 
     def _give_up(self, priority: Priority, cause: SectorFSError) -> None:
         if priority is Priority.FILL:
-            self._fill = False
-            self.failure = cause
+            self._fill_error = cause
         else:
             self._ahead.clear()  # the next read asks, and hears why
