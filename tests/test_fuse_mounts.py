@@ -244,7 +244,12 @@ def test_bounds_that_cannot_be_set_are_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(mounts, "FUSECTL", tmp_path / "none")
-    mounts.tune(MountInfo(1, 0, 4_000_000, "/sectors", "fuse.sectorfs", "sectorfs"))
+    mount = MountInfo(1, 0, 4_000_000, "/sectors", "fuse.sectorfs", "sectorfs")
+    mounts.tune(mount, bounds=True)
     assert len(caplog.records) == 1
     assert "read_ahead_kb" in caplog.text
-    assert "4000000" in caplog.text
+    assert "4000000/max_background" in caplog.text
+    caplog.clear()
+    mounts.tune(mount, bounds=False)
+    assert "read_ahead_kb" in caplog.text
+    assert "max_background" not in caplog.text

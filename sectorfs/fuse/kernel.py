@@ -83,6 +83,11 @@ def prepare() -> bool:
     return True
 
 
+def attached() -> bool:
+    """True while the extension stands between a mount and the kernel."""
+    return _LOADED and _kernel.facts()[0] != 0
+
+
 def offer() -> Offer:
     """What this mount may use, known once the kernel has introduced itself."""
     if not _LOADED:

@@ -168,22 +168,20 @@ def check_mountpoint(path: str) -> None:
         raise MountFailed(f"/dev/fuse: {exc.strerror}", path, hint) from exc
 
 
-def tune(mount: MountInfo) -> None:
-    """Raise the kernel's bounds and its read-ahead, where that is permitted."""
-    directory = connection(mount.minor)
-    bdi = Path(f"/sys/class/bdi/{mount.major}:{mount.minor}/read_ahead_kb")
-    wanted = [(bdi, READ_AHEAD_KB)]
-    if directory is not None:
+def tune(mount: MountInfo, *, bounds: bool) -> None:
+    """Raise the kernel's read-ahead, and its `bounds` unless its introduction did, if permitted."""
+    wanted = [(Path(f"/sys/class/bdi/{mount.major}:{mount.minor}/read_ahead_kb"), READ_AHEAD_KB)]
+    if bounds:
+        directory = connection(mount.minor) or FUSECTL / str(mount.minor)
         wanted.append((directory / "max_background", MAX_BACKGROUND))
         wanted.append((directory / "congestion_threshold", MAX_BACKGROUND * 3 // 4))
     refused = [str(path) for path, number in wanted if not _write(path, number)]
-    if directory is None:
-        refused.append(f"{FUSECTL}/{mount.minor}")
     if refused:
         log.warning(
-            "%s: cannot set %s; many readers of one slow disk may stall the others (run as root)",
+            "%s: cannot set %s; %s (run as root)",
             mount.path,
             ", ".join(refused),
+            "many readers of one slow disk may stall the others" if bounds else "reads are slower",
         )
 
 
