@@ -39,8 +39,10 @@ PROOF_SIZE = 1 << 20
 """Bytes of each: the least that the kernel reads without the daemon."""
 PAYLOAD = 127 << 20
 """Bytes that are padded and hashed."""
-NEEDED = BIG + PROOF * PROOF_SIZE + 3 * FETCHED + GIB
-"""Free bytes the directory must have: the files, two copies of the fetched one, and some air."""
+INDEX = 2 * GIB
+"""An Index of a million sectors."""
+NEEDED = BIG + PROOF * PROOF_SIZE + 3 * FETCHED + INDEX + GIB
+"""Free bytes the directory must have: all this, two copies of the fetched file, and some air."""
 BIG_DIR, LISTED_DIR, OPENED_DIR, PROOF_DIR = "update", "sealed", "unsealed", "piece"
 """Type directories with the big files, the listed and the opened ones, and those open at once."""
 BIG_FILE = Path(BIG_DIR) / "s-t01000-0"
@@ -85,7 +87,8 @@ class Stage:
             raise made
         return cast(T, made)
 
-    def _enter(self, name: str, make: Callable[[], AbstractContextManager[T]]) -> T:
+    def enter(self, name: str, make: Callable[[], AbstractContextManager[T]]) -> T:
+        """What a context manager gives, entered when a work first needs it, left at the end."""
         return self._once(name, lambda: self._stack.enter_context(make()))
 
     # --- files and nodes ---
@@ -118,7 +121,7 @@ class Stage:
             return self.holder.mountpoint
         if name == "sectorfs-daemon":
             return self._once("daemon", self._start_daemon).mountpoint
-        return self._enter(name, lambda: self._union(name))
+        return self.enter(name, lambda: self._union(name))
 
     def _build_load(self) -> Path:
         path = self.root / "load"
@@ -221,7 +224,7 @@ class Stage:
         """URL of rclone's server over the storage path."""
         port = self._once("webdav port", free_port)
         command = [program("rclone"), "serve", "webdav", str(self.disk), "--read-only"]
-        self._enter(
+        self.enter(
             "webdav",
             lambda: running(
                 *command,
@@ -236,7 +239,7 @@ class Stage:
     @property
     def sshfs(self) -> Path:
         """The storage path through sshfs and an sshd on loopback with a key for this run."""
-        return self._enter("sshfs", self._sshfs)
+        return self.enter("sshfs", self._sshfs)
 
     def _sshfs(self) -> AbstractContextManager[Path]:
         port, folder = self._sshd()
