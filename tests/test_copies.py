@@ -465,6 +465,20 @@ async def test_file_whose_sync_hangs_is_given_up_and_never_put_in_place(
     assert await content(copies, SEALED, len(DATA)) == DATA
 
 
+async def test_temporary_file_that_is_made_too_late_goes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = impatient(tmp_path / "cache")
+    before = open_fds()
+    gate = Gate(monkeypatch, "open", lambda path, flags, *_, **__: flags & os.O_CREAT > 0)
+    with pytest.raises(StorageUnavailable):
+        await copies.begin(SEALED, None, len(DATA))
+    gate.opened.set()
+    await idle(copies)
+    await until(lambda: left(copies) == ["sealed", "sealed/fetching"])
+    await fds_return_to(before)
+
+
 async def test_directory_whose_sync_hangs_is_given_up_and_never_put_in_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

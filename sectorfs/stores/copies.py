@@ -6,11 +6,13 @@ Layout, beside the ordinary one of a storage path::
     <type>/fetching/s-t01000-7/NAME.tmp     one file of a sector directory being received
     <type>/fetching/s-t01000-7/NAME~tar.tmp the same, out of a tar stream of the directory
     <type>/fetching/s-t01000-7/NAME         received and synced, the directory not yet complete
+    <type>/fetching/s-t01000-7.part, .map   a file that comes in pieces (`blocks`)
+    <type>/fetching/s-t01000-7/NAME.part, … one file of a sector directory that does
 
 Order of a commit, so that a crash at any point leaves either no copy or a whole one: bytes, times,
 fsync, rename, fsync of the directory; only then may the copy be declared. A directory is renamed
-into place when all its files are there. What is left below ``fetching`` at start is removed:
-nothing refers to it. Only the cache path is ever written here, never an operator's path.
+into place when all its files are there. What is left below ``fetching`` at start stays as far as
+it can be gone on with, until the catalog tells that nobody has it any more. Only the cache path is ever written here, never an operator's path.
 
 Every write is bounded in time; a thread that hangs in one is left behind, and puts nothing into
 place any more. While one hangs nothing new is begun.
@@ -28,6 +30,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial as bound
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,12 +46,16 @@ from sectorfs.errors import (
     StorageUnavailable,
 )
 from sectorfs.index import content
+from sectorfs.stores import leftovers
+from sectorfs.stores.blocks import DATA_SUFFIX, Identity, PartialFile
 from sectorfs.stores.file_systems import FileSystems
 from sectorfs.stores.lanes import PATIENT_WRITES, Descriptor, Lane
+from sectorfs.stores.leftovers import Leftover
 from sectorfs.stores.protocol import OpenFile
 from sectorfs.stores.scan import PathLost, check_identity
+from sectorfs.stores.space import BLOCK
 from sectorfs.stores.wanted import Wanted
-from sectorfs.types import ALL_TYPES, Facts, MemberFacts, SectorFile, StorageID, file_types
+from sectorfs.types import Facts, MemberFacts, SectorFile, StorageID
 
 log = logging.getLogger(__name__)
 
@@ -80,14 +87,15 @@ class Copies:
         self.storage = storage
         self.lane = lane
         self._file_systems = FileSystems()
-
+        self._leftovers: list[Leftover] = []
+        self._partials: set[tuple[SectorFile, str | None]] = set()
         self._cleared = trio.Event()
         self._cleared.set()
 
     async def clear_leftovers(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> int:
-        """Remove unfinished fetches of an earlier run; returns how many there were.
+        """Remove what cannot be gone on with of an earlier run; returns how much there was.
 
         A disk that does not let them go (it became read-only) keeps no node from starting. One that
         hangs is waited for, however long, and no fetch begins before the end.
@@ -96,7 +104,10 @@ class Copies:
         task_status.started()
         patient = Lane(str(self.root), deadline=math.inf, width=1)
         try:
-            removed = await patient.run(self._clear_leftovers, what="clear unfinished fetches")
+            self._leftovers, removed = await patient.run(
+                self._clear_leftovers, what="clear unfinished fetches"
+            )
+            self._partials = {(one.file, one.member) for one in self._leftovers}
         except SectorFSError as exc:
             log.warning("unfinished fetches stay: %s", exc)
             return 0
@@ -105,6 +116,51 @@ class Copies:
         if removed:
             log.info("%s: removed %d unfinished fetches", self.root, removed)
         return removed
+
+    async def settle_leftovers(self, current: Callable[[SectorFile], Facts | None]) -> int:
+        """Remove what stayed of an earlier run and is of no present content; how much it was."""
+        lost = [
+            one
+            for one in self._leftovers
+            if (one.file, one.member) in self._partials and not one.is_of(current(one.file))
+        ]
+        self._leftovers = []
+        for one in lost:
+            self._partials.discard((one.file, one.member))
+            try:
+                await self.lane.run(bound(leftovers.remove, one), what=f"remove {one.path}")
+            except SectorFSError as exc:
+                log.warning("%s stays: %s", one.path, exc)
+            else:
+                log.info("removed %s: nobody has that content any more", one.path)
+        return len(lost)
+
+    async def partial(
+        self, file: SectorFile, member: str | None, identity: Identity
+    ) -> PartialFile:
+        """The partial file of a content, resumed where there is one; `DiskFull` without room."""
+        await self._require_cleared()
+        self.refuse_hung_disk()
+        folder, name = self._partial_place(file, member)
+        with _own_trouble():
+            await self.lane.run(
+                lambda: self._check_room(identity.size, folder / f"{name}{DATA_SUFFIX}"),
+                what=f"begin copy of {file}",
+            )
+            kept = await PartialFile.open(self.lane, folder, name, identity)
+        self._partials.add((file, member))
+        return kept
+
+    async def finish(self, kept: PartialFile, file: SectorFile, member: str | None) -> None:
+        """Give a partial file that is whole its name; whoever reads it goes on."""
+        target = self._final(file) if member is None else self._fetching(file) / member
+        with _own_trouble():
+            await kept.finish(target)
+        self._partials.discard((file, member))
+
+    def has_partial(self, file: SectorFile, member: str | None) -> bool:
+        """True for what came in part, in this run or an earlier one."""
+        return (file, member) in self._partials
 
     async def open(
         self, file: SectorFile, member: str | None, *, size: int, mtime_ns: int
@@ -133,7 +189,7 @@ class Copies:
             return await self.lane.run(
                 lambda: self._begin(file, member, size, archive, wanted),
                 what=f"begin copy of {file}",
-                discard=lambda partial: partial.descriptor.close(),
+                discard=_throw_away,
             )
 
     async def _require_cleared(self) -> None:
@@ -256,6 +312,11 @@ class Copies:
     def _fetching(self, file: SectorFile) -> Path:
         return self.root / file.file_type.dir_name / "fetching" / file.sector.name
 
+    def _partial_place(self, file: SectorFile, member: str | None) -> tuple[Path, str]:
+        """Folder and name of a partial file, without its suffixes."""
+        folder = self._fetching(file)
+        return (folder.parent, folder.name) if member is None else (folder, member)
+
     def _finished_paths(self, file: SectorFile, member: str | None) -> list[Path]:
         if member is None:
             return [self._final(file)]
@@ -300,20 +361,7 @@ class Copies:
     def _begin(
         self, file: SectorFile, member: str | None, size: int, archive: bool, wanted: Wanted
     ) -> Partial:
-        try:
-            check_identity(str(self.root), self.storage)
-        except PathLost as exc:
-            raise StorageUnavailable(
-                f"the cache path is gone: {exc.what}",
-                self.root,
-                "restart the node to make it again",
-            ) from exc
-        room = os.statvfs(self.root)
-        free = room.f_bavail * room.f_frsize
-        if size + ROOM_LEFT > free:
-            raise DiskFull(
-                f"{size} bytes to fetch, {free} free", self.root, "make room in the cache path"
-            )
+        self._check_room(size)
         folder = self._fetching(file)
         if member is None:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -330,19 +378,39 @@ class Copies:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         return Partial(file, member, path, self.lane.descriptor(os.open(path, flags, 0o644)))
 
-    def _clear_leftovers(self) -> int:
+    def _check_room(self, size: int, already: Path | None = None) -> None:
+        """Raise unless a file of this size may come, some of which may be there `already`."""
+        try:
+            check_identity(str(self.root), self.storage)
+        except PathLost as exc:
+            raise StorageUnavailable(
+                f"the cache path is gone: {exc.what}",
+                self.root,
+                "restart the node to make it again",
+            ) from exc
+        present = 0
+        if already is not None:
+            with suppress(FileNotFoundError):
+                present = already.stat().st_blocks * BLOCK
+        room = os.statvfs(self.root)
+        free = room.f_bavail * room.f_frsize
+        if size - present + ROOM_LEFT > free:
+            raise DiskFull(
+                f"{size} bytes to fetch, {free} free", self.root, "make room in the cache path"
+            )
+
+    def _clear_leftovers(self) -> tuple[list[Leftover], int]:
         check_identity(str(self.root), self.storage)
-        removed = 0
-        for file_type in file_types(ALL_TYPES):
-            folder = self.root / file_type.dir_name / "fetching"
-            with suppress(FileNotFoundError), os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        shutil.rmtree(entry.path)
-                    else:
-                        os.unlink(entry.path)
-                    removed += 1
-        return removed
+        return leftovers.clear(self.root)
+
+
+def _throw_away(late: Partial) -> None:
+    """Remove a temporary file that came when nobody waited for it any more; in a thread."""
+    with suppress(OSError, SectorFSError):
+        with late.descriptor as fd:
+            _check_name(fd, late.path)
+        late.path.unlink()
+    late.descriptor.close()
 
 
 def _replace_directory(folder: Path, target: Path, wanted: Wanted) -> None:
