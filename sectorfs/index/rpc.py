@@ -75,7 +75,13 @@ def index_methods(index: SectorIndex, *, max_listed: int = MAX_LISTED) -> list[M
         _read("Sectorfs.Declarations", serve.declarations, str, shapes.FileShape | None, int),
         _read("Sectorfs.Snapshot", serve.snapshot, shapes.KeyShape | None, int),
         _read("Sectorfs.SnapshotColumns", serve.packed, shapes.FileShape | None, int),
-        _read("Sectorfs.Changes", serve.changes, str, int, float, int),
+        Method(
+            name="Sectorfs.Changes",
+            permission="read",
+            params=(str, int, float, int),
+            handler=serve.changes,
+            waits=True,
+        ),
         *lock_methods(index),
     ]
 
