@@ -13,6 +13,9 @@ FUSE_SECONDS = Histogram(
     ["operation"],
     buckets=(1e-4, 1e-3, 1e-2, 0.1, 1, 10, 60),
 )
+FUSE_KEPT_OPENS = Gauge(
+    "sectorfs_fuse_kept_opens", "Opens of this mount answered without Python; no request counts"
+)
 OPEN_FILES = Gauge("sectorfs_open_files", "Files of the mount that are open")
 HTTP_REQUESTS = Counter(
     "sectorfs_http_requests_total", "HTTP requests answered", ["route", "status"]

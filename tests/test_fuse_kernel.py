@@ -159,6 +159,17 @@ async def test_the_kernel_grants_what_the_introduction_asks_for(tmp_path: Path) 
 
 
 @needs_extension
+async def test_opens_without_python_are_a_metric(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.store.proved = True
+    world.put("sealed/7", DATA)
+    async with world.mounted():
+        for _ in range(3):
+            assert await call(world.seen("sealed/7").read_bytes) == DATA
+        assert REGISTRY.get_sample_value("sectorfs_fuse_kept_opens") == 2
+
+
+@needs_extension
 async def test_the_introduction_sets_the_kernels_bounds(directory: Path) -> None:
     async with bare_mount(directory) as (_, mountpoint):
         mount = mounts.find_mount(mountpoint)
@@ -574,6 +585,38 @@ def _own(tids: set[int]) -> set[int]:
         except OSError:
             continue
     return own
+
+
+@needs_extension
+async def test_an_aborted_connection_ends_everybody_and_itself(directory: Path) -> None:
+    """In the middle of opens answered here and of others answered in Python."""
+    errors: list[int | None] = []
+    busy = threading.Semaphore(0)
+
+    def use_files(path: Path) -> None:
+        try:
+            while True:
+                os.close(opened(path))
+                busy.release()
+        except OSError as exc:
+            errors.append(exc.errno)
+
+    def wait_busy() -> None:
+        for _ in range(500):
+            assert busy.acquire(timeout=20)
+
+    async with bare_mount(directory) as (bare, mount):
+        found = mounts.find_mount(mount)
+        assert found is not None
+        with kept(directory / "a") as fd:
+            assert kernel.remember(bare.number("a"), bare.number("a") + HANDLES, fd)
+            async with trio.open_nursery() as nursery:
+                for name in ("a", "b") * 4:
+                    nursery.start_soon(call, partial(use_files, mount / name))
+                await call(wait_busy)
+                await call(partial(mounts.abort, found.minor))
+    assert len(errors) == 8
+    assert set(errors) <= {errno.ENOTCONN, errno.ECONNABORTED}
 
 
 @needs_extension
