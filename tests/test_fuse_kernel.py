@@ -20,6 +20,7 @@ import pyfuse3
 import pytest
 import trio
 import trio.lowlevel
+from prometheus_client import REGISTRY
 
 from sectorfs.fuse import kernel, mounts
 from tests.bare_mount import HANDLES, bare_mount
