@@ -181,7 +181,10 @@ def leftovers(node: Node) -> list[Path]:
 
 
 def descriptors(node: Node) -> list[str]:
-    """What a node has open once it reads nothing, apart from connections, which are kept."""
+    """What a node has open once it reads nothing, but connections and whole copies: those it keeps.
+
+    What arrives, or was given up, is not kept.
+    """
     cache = str(node.repo.cache_path(node.repo.config()))
 
     def idle() -> list[str] | None:
@@ -190,9 +193,11 @@ def descriptors(node: Node) -> list[str]:
             with suppress(FileNotFoundError):
                 found.append(os.readlink(entry))
         # The kernel tells the end of an open file later, and nobody waits for it.
-        if any(name.startswith(cache) for name in found):
+        copies = [name for name in found if name.startswith(cache)]
+        if any("/fetching/" in name or name.endswith(" (deleted)") for name in copies):
             return None
-        return sorted(name for name in found if not name.startswith("socket:"))
+        kept = ("socket:", cache)
+        return sorted(name for name in found if not name.startswith(kept))
 
     return until("open copies to be released", idle)
 
