@@ -14,11 +14,14 @@ from urllib.parse import urlsplit
 import msgspec
 
 from sectorfs.errors import BadConfig
-from sectorfs.types import parse_file_type, parse_storage_id
+from sectorfs.types import FileType, parse_file_type, parse_size, parse_storage_id
 
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 Passthrough = Literal["auto", "off", "require"]
 """Whether the kernel is to read large local files past the daemon."""
+
+FetchPolicy = Literal["stream", "fill", "open"]
+"""How remote files are read: see `stores.fetch_rules`."""
 
 _Count = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 
@@ -84,6 +87,42 @@ class CacheConfig(_Section, frozen=True):
 
     path: str = "cache"
     """Absolute, or relative to the repo directory."""
+    max_size: str = "0"
+    """Bytes that copies may take together, like ``500GiB``; ``0`` for no limit."""
+    min_free: str = "5%"
+    """What stays free of the file system: ``50GiB``, or a share of its size."""
+
+    def limits(self) -> CacheLimits:
+        """`max_size` and `min_free` as numbers; `ValueError` for what is none."""
+        if self.min_free.endswith("%"):
+            return CacheLimits(parse_size(self.max_size), share=_percent(self.min_free))
+        return CacheLimits(parse_size(self.max_size), min_free=parse_size(self.min_free))
+
+
+class CacheLimits(msgspec.Struct, frozen=True):
+    """What the copies of this node may take."""
+
+    max_size: int = 0
+    """0 for no limit."""
+    min_free: int = 0
+    share: float = 0.0
+    """Beside `min_free`: of the file system's size."""
+
+    def free_of(self, capacity: int) -> int:
+        """Bytes that stay free of a file system of this size."""
+        return max(self.min_free, int(self.share * capacity))
+
+
+class FetchConfig(_Section, frozen=True):
+    """``[fetch]``: how files of other nodes are read."""
+
+    policy: dict[str, FetchPolicy] = {}
+    """By file type; ``stream`` for ``unsealed`` and ``fill`` for the others where not told."""
+
+    def policy_of(self, file_type: FileType) -> FetchPolicy:
+        """What holds for a file type."""
+        usual: FetchPolicy = "stream" if file_type is FileType.UNSEALED else "fill"
+        return self.policy.get(file_type.dir_name, usual)
 
 
 class StorageConfig(_Section, frozen=True):
@@ -106,6 +145,7 @@ class Config(_Section, frozen=True):
     timeouts: TimeoutsConfig = TimeoutsConfig()
     mount: MountConfig = MountConfig()
     cache: CacheConfig = CacheConfig()
+    fetch: FetchConfig = FetchConfig()
     storage: StorageConfig = StorageConfig()
 
     def replace(self, **sections: dict[str, Any]) -> Config:
@@ -153,17 +193,29 @@ def _checked(data: Any, origin: object) -> Config:
             raise BadConfig(f"{key} {path!r} is not a path", origin)
     if not config.cache.path:
         raise BadConfig("cache.path is empty", origin, "name a directory, or leave the key out")
+    try:
+        config.cache.limits()
+    except ValueError as exc:
+        raise BadConfig(f"cache: {exc}", origin) from exc
     for storage in config.mount.passthrough_storages:
         try:
             parse_storage_id(storage)
         except ValueError as exc:
             raise BadConfig(f"mount.passthrough_storages: {exc}", origin) from exc
-    for name in config.mount.types:
-        try:
-            parse_file_type(name)
-        except ValueError as exc:
-            raise BadConfig(f"mount.types: {exc}", origin) from exc
+    for key, names in (("mount.types", config.mount.types), ("fetch.policy", config.fetch.policy)):
+        for name in names:
+            try:
+                parse_file_type(name)
+            except ValueError as exc:
+                raise BadConfig(f"{key}: {exc}", origin) from exc
     return config
+
+
+def _percent(text: str) -> float:
+    match = re.fullmatch(r"\s*([0-9]{1,3}(?:\.[0-9]{1,3})?)\s*%", text, re.ASCII)
+    if match is None or float(match[1]) >= 100:
+        raise ValueError(f"not a share of a disk: {text!r}, write for example 5%")
+    return float(match[1]) / 100
 
 
 def _paths(config: Config) -> tuple[tuple[str, str], ...]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 import re
+from decimal import Decimal
 from typing import NewType
 
 import msgspec
@@ -31,6 +32,7 @@ __all__ = [
     "parse_file_type",
     "parse_member_name",
     "parse_sector",
+    "parse_size",
     "parse_storage_id",
 ]
 
@@ -184,3 +186,20 @@ def parse_storage_id(text: str) -> StorageID:
     if _STORAGE_ID.fullmatch(text) is None:
         raise ValueError(f"not a storage id: {text[:80]!r}")
     return StorageID(text)
+
+
+def parse_size(text: str) -> int:
+    """``10TiB``, ``10TB``, ``1.5T`` or plain bytes; `ValueError` otherwise."""
+    match = re.fullmatch(r"\s*([0-9]{1,19}(?:\.[0-9]{1,6})?)\s*([a-zA-Z]{0,3})\s*", text)
+    number, unit = (match[1], match[2].lower()) if match else ("", "")
+    powers: dict[str, tuple[int, int]] = {"": (1, 0), "b": (1, 0)}
+    for power, letter in enumerate("kmgtpe", start=1):
+        powers[f"{letter}ib"] = powers[letter] = (1024, power)
+        powers[f"{letter}b"] = (1000, power)
+    if not number or unit not in powers:
+        raise ValueError(f"not a size: {text!r}, write for example 10TiB")
+    base, power = powers[unit]
+    result = int(Decimal(number) * base**power)
+    if result > MAX_NUMBER:
+        raise ValueError(f"size out of range: {text!r}")
+    return result

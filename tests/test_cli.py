@@ -26,7 +26,7 @@ from sectorfs.config import Config
 from sectorfs.errors import BadInput, NotFound
 from sectorfs.node import reports
 from sectorfs.node.repo import Repo
-from sectorfs.types import SectorID
+from sectorfs.types import SectorID, parse_size
 from sectorfs.wire import tokens
 from tests.cluster import cluster, until, write, write_cache
 
@@ -329,6 +329,11 @@ CONFIGS = [
     ('[mount]\ntypes = ["x"]\n', "mount.types"),
     ('[mount]\npassthrough = "yes"\n', "mount.passthrough"),
     ('[mount]\npassthrough_storages = { "a/b" = "off" }\n', "mount.passthrough_storages"),
+    ('[cache]\nmax_size = "many"\n', "not a size"),
+    ('[cache]\nmax_size = "10%"\n', "not a size"),
+    ('[cache]\nmin_free = "100%"\n', "not a share"),
+    ('[cache]\nmin_free = "-1%"\n', "not a share"),
+    ('[cache]\nmin_free = "%"\n', "not a share"),
     ('[mount]\nallow_other = "yes"\n', "mount.allow_other"),
     ("[mount]\nuid = -1\n", "mount.uid"),
     ('[cache]\npath = ""\n', "cache.path"),
@@ -854,7 +859,7 @@ def test_demo_wants_an_empty_directory(say: Say, tmp_path: Path) -> None:
     ],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert output.parse_size(text) == size
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize(
@@ -862,7 +867,7 @@ def test_sizes(text: str, size: int) -> None:
 )
 def test_bad_sizes(text: str) -> None:
     with pytest.raises(ValueError, match="size"):
-        output.parse_size(text)
+        parse_size(text)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from decimal import Decimal
 from typing import Any
 
 import click
@@ -14,7 +12,6 @@ from rich.table import Table
 
 from sectorfs.errors import SectorFSError
 from sectorfs.node import reports
-from sectorfs.types import MAX_NUMBER
 
 FILE_WIDTH = 200
 """Columns of a table that goes into a file or a pipe."""
@@ -52,23 +49,6 @@ def size(count: int) -> str:
     while value >= 1024 and unit < len(UNITS) - 1:
         value, unit = value / 1024, unit + 1
     return f"{value:.0f} B" if unit == 0 else f"{value:.1f} {UNITS[unit]}"
-
-
-def parse_size(text: str) -> int:
-    """``10TiB``, ``10TB``, ``1.5T`` or plain bytes; `ValueError` otherwise."""
-    match = re.fullmatch(r"\s*([0-9]{1,19}(?:\.[0-9]{1,6})?)\s*([a-zA-Z]{0,3})\s*", text)
-    number, unit = (match[1], match[2].lower()) if match else ("", "")
-    powers: dict[str, tuple[int, int]] = {"": (1, 0), "b": (1, 0)}
-    for power, letter in enumerate("kmgtpe", start=1):
-        powers[f"{letter}ib"] = powers[letter] = (1024, power)
-        powers[f"{letter}b"] = (1000, power)
-    if not number or unit not in powers:
-        raise ValueError(f"not a size: {text!r}, write for example 10TiB")
-    base, power = powers[unit]
-    result = int(Decimal(number) * base**power)
-    if result > MAX_NUMBER:
-        raise ValueError(f"size out of range: {text!r}")
-    return result
 
 
 def storage_table(storages: list[reports.StorageReport]) -> Table:

@@ -13,7 +13,7 @@ from sectorfs.cli.progress import shown
 from sectorfs.errors import BadInput
 from sectorfs.node.admin import PathSettings
 from sectorfs.stores.path_changes import PathChanges
-from sectorfs.types import parse_sector
+from sectorfs.types import parse_sector, parse_size
 
 
 class Size(click.ParamType[int]):
@@ -27,7 +27,7 @@ class Size(click.ParamType[int]):
         if isinstance(value, int):
             return value
         try:
-            return output.parse_size(str(value))
+            return parse_size(str(value))
         except ValueError as exc:
             self.fail(str(exc), param, ctx)
 

@@ -11,8 +11,9 @@ Layout, beside the ordinary one of a storage path::
 
 Order of a commit, so that a crash at any point leaves either no copy or a whole one: bytes, times,
 fsync, rename, fsync of the directory; only then may the copy be declared. A directory is renamed
-into place when all its files are there. What is left below ``fetching`` at start stays as far as
-it can be gone on with, until the catalog tells that nobody has it any more. Only the cache path is ever written here, never an operator's path.
+into place when all its files are there. What is left below ``fetching`` at start stays as far as it
+can be gone on with (`leftovers`), until the catalog tells that nobody has it any more. Only the
+cache path is ever written here, never an operator's path.
 
 Every write is bounded in time; a thread that hangs in one is left behind, and puts nothing into
 place any more. While one hangs nothing new is begun.
@@ -48,6 +49,7 @@ from sectorfs.errors import (
 from sectorfs.index import content
 from sectorfs.stores import leftovers
 from sectorfs.stores.blocks import DATA_SUFFIX, Identity, PartialFile
+from sectorfs.stores.cache_contents import remove_partials
 from sectorfs.stores.file_systems import FileSystems
 from sectorfs.stores.lanes import PATIENT_WRITES, Descriptor, Lane
 from sectorfs.stores.leftovers import Leftover
@@ -157,6 +159,14 @@ class Copies:
         with _own_trouble():
             await kept.finish(target)
         self._partials.discard((file, member))
+
+    async def remove_partials(self, file: SectorFile) -> int:
+        """Delete what came of a file that is not whole; the bytes that gives."""
+        freed = await self.lane.finish(
+            lambda: remove_partials(self.root, self.storage, file), what=f"remove parts of {file}"
+        )
+        self._partials = {one for one in self._partials if one[0] != file}
+        return freed
 
     def has_partial(self, file: SectorFile, member: str | None) -> bool:
         """True for what came in part, in this run or an earlier one."""

@@ -19,7 +19,7 @@ from sectorfs.stores.scan import file_facts
 from sectorfs.stores.transfer import PeerClient
 from sectorfs.types import Facts, SectorFile, StorageID
 
-_FORCE = "--force removes the last one too"
+FORCE_HINT = "--force removes the last one too"
 
 
 class Witnesses:
@@ -53,7 +53,7 @@ class Witnesses:
                 doubts.append(str(exc))
             else:
                 return
-        hint = "; ".join([*doubts, _FORCE])
+        hint = "; ".join([*doubts, FORCE_HINT])
         raise Refused("no healthy primary copy would remain", file, hint)
 
     async def _candidates(
