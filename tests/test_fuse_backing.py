@@ -20,6 +20,7 @@ from sectorfs.fuse import backing
 from sectorfs.fuse.backing import IDLE_SECONDS, PASSTHROUGH_FROM, Policy
 from sectorfs.fuse.handles import Handles
 from sectorfs.fuse.inodes import InodeTable
+from sectorfs.fuse.interrupts import Interrupts
 from sectorfs.fuse.kernel import Offer, Use
 from sectorfs.fuse.tree import Tree
 from sectorfs.stores.lanes import Descriptor, Lane
@@ -174,6 +175,7 @@ class Fixture:
             self.inodes,
             on_stale=self.on_stale,
             invalidate=lambda file, member: None,
+            interruptible=Interrupts().watch,
             kernel=self.kernel,
             policy=policy or Policy(),
         )

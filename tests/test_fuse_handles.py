@@ -17,6 +17,7 @@ from sectorfs.fuse import handles, kernel
 from sectorfs.fuse.backing import Policy
 from sectorfs.fuse.handles import MAX_READ, Handles
 from sectorfs.fuse.inodes import InodeTable
+from sectorfs.fuse.interrupts import Interrupts
 from sectorfs.fuse.tree import Tree
 from sectorfs.stores.lanes import Descriptor, Lane
 from sectorfs.stores.protocol import OpenFile, State
@@ -54,6 +55,7 @@ class Fixture:
             self.inodes,
             on_stale=self.on_stale,
             invalidate=lambda file, member: self.forgotten.append((file, member)),
+            interruptible=Interrupts().watch,
             kernel=kernel,
             policy=Policy(),
         )
@@ -467,6 +469,7 @@ async def test_a_report_that_hangs_or_fails_is_still_stale(
         fixture.inodes,
         on_stale=report,
         invalidate=lambda file, member: fixture.forgotten.append((file, member)),
+        interruptible=Interrupts().watch,
         kernel=kernel,
         policy=Policy(),
     )

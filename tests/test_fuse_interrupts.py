@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import errno
+import inspect
 import os
 import signal
 import socket
@@ -21,6 +23,7 @@ import trio.testing
 from sectorfs.errors import Interrupted
 from sectorfs.fuse import kernel, mounts
 from sectorfs.fuse.interrupts import Interrupts, is_dying
+from sectorfs.fuse.operations import SectorOperations
 from sectorfs.stores import storage_list
 from sectorfs.stores.metadata import init_path
 from sectorfs.types import Facts, SectorFile
@@ -337,6 +340,19 @@ def test_who_dies() -> None:
     process = subprocess.Popen(["true"])
     process.wait()
     assert is_dying(process.pid)
+
+
+def test_handlers_wait_for_nothing_that_cannot_be_interrupted() -> None:
+    """`Handles.read` watches by itself, and only when it waits."""
+    tree = ast.parse(inspect.getsource(SectorOperations))
+    waits = {
+        ast.unparse(node.value).split("(")[0]
+        for handler in ast.walk(tree)
+        if isinstance(handler, ast.AsyncFunctionDef)
+        for node in ast.walk(handler)
+        if isinstance(node, ast.Await)
+    }
+    assert waits == {"self.interrupts.watch", "self.handles.read"}
 
 
 # With real nodes

@@ -75,9 +75,7 @@ def replies(
     async def reply(self: SectorOperations, /, *args: P.args, **kwargs: P.kwargs) -> R:
         started = time.perf_counter()
         try:
-            number = kernel.current()
-            work = handler(self, *args, **kwargs)
-            result = await (self.interrupts.answer(number, work) if number else work)
+            result = await handler(self, *args, **kwargs)
         except pyfuse3.FUSEError as exc:
             _count_error(operation, exc.errno)
             raise
@@ -160,6 +158,7 @@ class SectorOperations(pyfuse3.Operations):
             self.inodes,
             on_stale=on_stale,
             invalidate=invalidate,
+            interruptible=self.interrupts.watch,
             kernel=kernel,
             policy=self._policy,
         )
@@ -196,7 +195,7 @@ class SectorOperations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         """Find a name; one that does not exist may be remembered for a second."""
         found = self.tree.lookup(parent_inode, name)
-        if found is None and await self.handles.learn(parent_inode):
+        if found is None and await self.interrupts.watch(self.handles.learn(parent_inode)):
             found = self.tree.lookup(parent_inode, name)
         if found is None:
             self.notifications.missed(parent_inode, name)
@@ -233,7 +232,7 @@ class SectorOperations(pyfuse3.Operations):
         self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.FileHandleT:
         """Take a snapshot of a directory."""
-        await self.handles.learn(inode)
+        await self.interrupts.watch(self.handles.learn(inode))
         handle = self.handles.open_directory(inode)
         if self.listings.may_be_kept(inode):
             kernel.mark_open(handle, cache_directory=True)
@@ -272,7 +271,7 @@ class SectorOperations(pyfuse3.Operations):
         """Open a file for reading, wherever it lies."""
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & (os.O_TRUNC | os.O_APPEND):
             raise ReadOnly("read-only mount", f"inode {inode}")
-        handle = await self.handles.open(inode)
+        handle = await self.interrupts.watch(self.handles.open(inode))
         backing_id = self.handles.backing_id(handle)
         if backing_id:
             kernel.mark_open(handle, backing_id=backing_id)
