@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from sectorfs.errors import SectorFSError, SourceFailed, Stale, TimedOut, Unreachable
+from sectorfs.errors import NoRanges, SectorFSError, SourceFailed, Stale, TimedOut, Unreachable
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.transfer import PeerClient, Version
 from tests.test_transfer import CACHE, SEALED, answer, asking, our_node, target
@@ -120,7 +120,7 @@ KIND = "multipart/byteranges; boundary=b"
 @pytest.mark.parametrize(
     ("data", "error", "text"),
     [
-        (answer(200, b"abcdefgh"), SectorFSError, "ranges|206"),
+        (answer(200, b"abcdefgh"), NoRanges, "whole file instead of a range"),
         (answer(206, b"ab", "Content-Range: bytes 0-1/8"), SourceFailed, "several ranges"),
         (answer(206, b"rubbish", kind=KIND), SourceFailed, "cannot be read"),
         (
@@ -140,7 +140,7 @@ KIND = "multipart/byteranges; boundary=b"
             "total",
         ),
         (answer(206, b"x" * 100_000, kind=KIND), SectorFSError, "more than"),
-        (answer(416, b"", "Content-Range: bytes */3"), SourceFailed, "416"),
+        (answer(416, b"", "Content-Range: bytes */3"), Stale, "shorter file"),
         (b"HTTP/1.1 206 X\r\nContent-Length: 50\r\n\r\n", Unreachable, "broke off|unexpected"),
     ],
 )

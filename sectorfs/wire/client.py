@@ -7,10 +7,11 @@ included, it is closed. Redirects are not followed: peers are named by the Index
 
 from __future__ import annotations
 
+import os
 import select
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from urllib.parse import urlsplit
 
@@ -20,7 +21,8 @@ import trio
 
 from sectorfs.config import TimeoutsConfig
 from sectorfs.errors import BadInput, Refused, TimedOut, Unreachable
-from sectorfs.wire.response import HEADER_LIMIT, Response, header_size
+from sectorfs.wire import heads
+from sectorfs.wire.response import HEADER_LIMIT, Response, receive
 
 IDLE_SECONDS = 30.0
 """A kept connection is dropped after so long: well before the other side's own limit."""
@@ -231,27 +233,27 @@ class Client:
         link = peer.take(trio.current_time())
         if link is not None:
             try:
-                return link, await self._converse(link, target, request, body, patience)
+                return link, await self._converse(link, target, method, request, patience)
             except _StaleConnection as exc:
                 if method not in _IDEMPOTENT:
                     raise Unreachable("the connection was closed", target.name) from exc
         link = await self._connect(target)
         try:
-            return link, await self._converse(link, target, request, body, patience)
+            return link, await self._converse(link, target, method, request, patience)
         except _StaleConnection as exc:
             raise Unreachable("closed the connection without an answer", target.name) from exc
 
-    def _encode(self, target: Target, method: str, headers: Headers, body: bytes) -> h11.Request:
+    def _encode(self, target: Target, method: str, headers: Headers, body: bytes) -> bytes:
         token = self._token() if callable(self._token) else self._token
         fields = [("host", target.authority), ("user-agent", "sectorfs"), *headers]
         if token and all(name.lower() != "authorization" for name, _ in headers):
             fields.append(("authorization", f"Bearer {token.strip()}"))  # files end in a newline
         if body or method in ("POST", "PUT", "PATCH"):
             fields.append(("content-length", str(len(body))))
-        try:
-            return h11.Request(method=method, target=target.path, headers=fields)
-        except (h11.LocalProtocolError, UnicodeEncodeError) as exc:
-            raise BadInput("not a request that HTTP can carry", target.name) from exc
+        head = heads.spell_request(method, target.path, fields)
+        if head is None:
+            raise BadInput("not a request that HTTP can carry", target.name)
+        return head + body
 
     async def _connect(self, target: Target) -> _Link:
         try:
@@ -266,36 +268,33 @@ class Client:
             raise Unreachable(f"cannot connect: {_reason(exc)}", target.name) from exc
 
     async def _converse(
-        self, link: _Link, target: Target, request: h11.Request, body: bytes, patience: float
+        self, link: _Link, target: Target, method: str, request: bytes, patience: float
     ) -> Response:
-        http = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEADER_LIMIT)
         start = trio.current_time()
         try:
-            written = await self._write(link, http, target, request, body)
-            first_byte = await self._first_byte(link, http, target, patience, written=written)
-            head = await self._head(link, http, target)
+            await self._write(link, target, request)
+            early = await self._first_bytes(link, target, patience)
+            first_byte = trio.current_time() - start
+            head, early, http = await self._head(link, target, method, early)
         except BaseException:
             link.close()
             raise
         return Response(
             link.stream,
-            http,
             head,
+            early=early,
+            http=http,
             url=target.name,
-            method=request.method.decode(),
+            method=method,
             progress=self._timeouts.progress,
-            first_byte=first_byte - start,
+            first_byte=first_byte,
         )
 
-    async def _write(
-        self, link: _Link, http: h11.Connection, target: Target, request: h11.Request, body: bytes
-    ) -> bool:
-        """Send everything; False when the peer closed early (it may have answered before)."""
-        data = http.send(request) or b""
-        if body:
-            data += http.send(h11.Data(data=body)) or b""
-        http.send(h11.EndOfMessage())
-        view = memoryview(data)
+    async def _write(self, link: _Link, target: Target, request: bytes) -> None:
+        """Send everything, or what the peer takes: it may close early and have answered before."""
+        view = memoryview(request)
+        with suppress(OSError):  # it comes back below, where it is waited for
+            view = view[os.write(link.stream.socket.fileno(), view) :]
         try:
             for offset in range(0, len(view), _PIECE):
                 with trio.fail_after(self._timeouts.progress):
@@ -305,49 +304,63 @@ class Client:
                 f"took nothing of the request for {self._timeouts.progress:g} s", target.name
             ) from exc
         except trio.BrokenResourceError:
-            return False
-        return True
+            return
 
-    async def _first_byte(
-        self, link: _Link, http: h11.Connection, target: Target, patience: float, *, written: bool
-    ) -> float:
+    async def _first_bytes(self, link: _Link, target: Target, patience: float) -> bytes:
         wait = self._timeouts.first_byte + patience
         try:
             with trio.fail_after(wait):
-                data = await link.stream.receive_some(_PIECE)
+                data = await receive(link.stream, _PIECE)
         except trio.TooSlowError as exc:
             raise TimedOut(f"no answer within {wait:g} s", target.name) from exc
         except trio.BrokenResourceError as exc:
             raise _StaleConnection from exc
         if not data:
             raise _StaleConnection
-        http.receive_data(data)
-        return trio.current_time()
+        return data
 
-    async def _head(self, link: _Link, http: h11.Connection, target: Target) -> h11.Response:
+    async def _head(
+        self, link: _Link, target: Target, method: str, early: bytes
+    ) -> tuple[heads.ResponseHead, bytes, h11.Connection | None]:
+        """The header, what came after it, and who reads a body without a length."""
+        end = early.find(heads.END) + len(heads.END)
+        if len(heads.END) <= end <= HEADER_LIMIT:
+            head = heads.parse_response(early[:end], method)
+            if head is not None:
+                return head, early[end:], None
+        http = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEADER_LIMIT)
+        http.send(h11.Request(method=method, target="/", headers=[("host", "")]))
+        http.send(h11.EndOfMessage())
+        http.receive_data(early)
         wait = self._timeouts.first_byte
-        informational = 0
         try:
             with trio.fail_after(wait):
-                while True:
-                    event = http.next_event()
-                    if event is h11.NEED_DATA:
-                        http.receive_data(await link.stream.receive_some(_PIECE))
-                    elif isinstance(event, h11.Response):
-                        break
-                    elif isinstance(event, h11.InformationalResponse):
-                        informational += 1
-                        if informational > _MAX_INFORMATIONAL:
-                            raise Unreachable("nothing but interim answers", target.name)
-                    else:
-                        raise Unreachable("closed in mid header", target.name)
+                return await self._unusual_head(link, target, http), b"", http
         except trio.TooSlowError as exc:
             raise TimedOut(f"no whole header within {wait:g} s", target.name) from exc
         except (h11.RemoteProtocolError, trio.BrokenResourceError) as exc:
             raise Unreachable(f"no HTTP answer: {str(exc)[:200]}", target.name) from exc
-        if header_size(event) > HEADER_LIMIT:
+
+    async def _unusual_head(
+        self, link: _Link, target: Target, http: h11.Connection
+    ) -> heads.ResponseHead:
+        informational = 0
+        while not isinstance(event := http.next_event(), h11.Response):
+            if event is h11.NEED_DATA:
+                http.receive_data(await receive(link.stream, _PIECE))
+            elif isinstance(event, h11.InformationalResponse):
+                informational += 1
+                if informational > _MAX_INFORMATIONAL:
+                    raise Unreachable("nothing but interim answers", target.name)
+            else:
+                raise Unreachable("closed in mid header", target.name)
+        if sum(len(name) + len(value) + 4 for name, value in event.headers) > HEADER_LIMIT:
             raise Unreachable(f"a header of more than {HEADER_LIMIT} bytes", target.name)
-        return event
+        headers: dict[str, str] = {}
+        for name, value in event.headers:
+            heads.add_header(headers, name.decode("ascii"), value.decode("latin-1"))
+        keep = event.http_version >= b"1.1" and heads.wants_keeping(headers)
+        return heads.ResponseHead(event.status_code, headers, keep, None)
 
 
 def _reason(exc: OSError | ValueError) -> str:

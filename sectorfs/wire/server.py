@@ -1,8 +1,10 @@
-"""An HTTP/1.1 server on trio streams: h11 parses, `sendfile` moves the bytes.
+"""An HTTP/1.1 server on trio streams: `sendfile` moves the bytes of files.
 
-One task per connection, one request at a time on it. Everything a client does has a limit in bytes
-and in time (`messages.Limits`); a client beyond one is answered in a line where that is possible
-and cut off. Cancelling `serve` closes every connection.
+A request that came at once and has no body is parsed by `heads`; h11 gets every other one, and has
+the last word on what is wrong with it. One task per connection, one request at a time on it.
+Everything a client does has a limit in bytes and in time (`messages.Limits`); a client beyond one
+is answered in a line where that is possible and cut off. Cancelling `serve` closes every
+connection.
 """
 
 from __future__ import annotations
@@ -11,8 +13,6 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from email.utils import formatdate
-from http import HTTPStatus
 from typing import NoReturn
 
 import h11
@@ -20,6 +20,7 @@ import trio
 
 from sectorfs.errors import BadInput, SectorFSError, TooLarge
 from sectorfs.metrics import HTTP_SENT_BYTES
+from sectorfs.wire import heads
 from sectorfs.wire.messages import (
     FileBody,
     HeaderTooLarge,
@@ -44,7 +45,6 @@ _BODY_PIECE = 256 * 1024
 _LINGER_BYTES = 4 * 1024 * 1024
 _OVERFLOW = 64
 """Connections beyond the limit that are told so; more are closed without a word."""
-_NO_BODY = frozenset({204, 304})
 
 
 async def serve(
@@ -90,7 +90,8 @@ class _Connection:
         self._stream = stream
         self._handler = handler
         self._limits = limits
-        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=limits.header_bytes)
+        self._early = b""  # came already, and is not yet parsed
+        self._http: h11.Connection | None = None  # of a request that `heads` does not take
         self._peer = _peer_address(stream)
         self._body_left = False  # the client still has a body to send, or is sending it
 
@@ -99,16 +100,18 @@ class _Connection:
         wait = self._limits.header_time
         for left in reversed(range(self._limits.requests)):
             try:
-                event = await self._next_request(wait)
+                head = await self._next_request(wait)
             except SectorFSError as exc:
                 await self._send(error_reply(exc), close=True)
                 break
-            if event is None:
+            if head is None:
                 return
-            await self._answer(event, close=left == 0)
-            if self._http.states != {h11.CLIENT: h11.DONE, h11.SERVER: h11.DONE}:
+            if not await self._answer(head, close=left == 0 or not head.keep):
                 break
-            self._http.start_next_cycle()
+            if self._http is not None:
+                if self._http.their_state is not h11.DONE:
+                    break
+                self._early, self._http = self._http.trailing_data[0], None
             wait = self._limits.idle
         await self._linger()
 
@@ -118,16 +121,31 @@ class _Connection:
         await self._send(reply, close=True)
         await self._linger()
 
-    async def _next_request(self, wait: float) -> h11.Request | None:
+    async def _next_request(self, wait: float) -> heads.RequestHead | None:
         """The next request's header; None when the client is done or silent for `wait` s."""
-        if not self._http.trailing_data[0]:
+        if not self._early:
             with trio.move_on_after(wait) as scope:
-                await self._receive(_PIECE)
+                self._early = await self._stream.receive_some(_PIECE)
             if scope.cancelled_caught:
                 return None
+        return self._plain() or await self._unusual()
+
+    def _plain(self) -> heads.RequestHead | None:
+        end = self._early.find(heads.END) + len(heads.END)
+        if not len(heads.END) <= end <= self._limits.header_bytes:
+            return None
+        head = heads.parse_request(self._early[:end])
+        if head is not None:
+            self._early, self._body_left = self._early[end:], False
+        return head
+
+    async def _unusual(self) -> heads.RequestHead | None:
+        http = h11.Connection(h11.SERVER, max_incomplete_event_size=self._limits.header_bytes)
+        http.receive_data(self._early)
+        self._early, self._http = b"", http
         try:
             with trio.fail_after(self._limits.header_time):
-                return await self._header()
+                return await self._header(http)
         except trio.TooSlowError as exc:
             raise RequestTimedOut("the header came too slowly", self._peer) from exc
         except h11.RemoteProtocolError as exc:
@@ -135,48 +153,52 @@ class _Connection:
                 raise self._header_too_large() from exc
             raise BadInput(f"not HTTP: {str(exc)[:200]}", self._peer) from exc
 
-    async def _header(self) -> h11.Request | None:
-        while (event := self._http.next_event()) is h11.NEED_DATA:
-            await self._receive(_PIECE)
+    async def _header(self, http: h11.Connection) -> heads.RequestHead | None:
+        while (event := http.next_event()) is h11.NEED_DATA:
+            http.receive_data(await self._stream.receive_some(_PIECE))
         if not isinstance(event, h11.Request):
             return None
         size = len(event.target) + sum(len(name) + len(value) + 4 for name, value in event.headers)
         if size > self._limits.header_bytes:
             raise self._header_too_large()
-        names = {name for name, _ in event.headers}
-        self._body_left = not names.isdisjoint({b"content-length", b"transfer-encoding"})
+        headers: dict[str, str] = {}
+        for name, value in event.headers:
+            heads.add_header(headers, name.decode("ascii"), value.decode("latin-1"))
+        self._body_left = not headers.keys().isdisjoint({"content-length", "transfer-encoding"})
         if not self._body_left:
-            self._http.next_event()  # EndOfMessage
-        return event
+            http.next_event()  # EndOfMessage
+        return heads.RequestHead(
+            event.method.decode("ascii"),
+            event.target.decode("latin-1"),
+            headers,
+            event.http_version >= b"1.1" and heads.wants_keeping(headers),
+        )
 
     def _header_too_large(self) -> HeaderTooLarge:
         limit = self._limits.header_bytes
         return HeaderTooLarge(f"a header of more than {limit} bytes", self._peer)
 
-    async def _answer(self, event: h11.Request, *, close: bool) -> None:
-        accept = ""
+    async def _answer(self, head: heads.RequestHead, *, close: bool) -> bool:
+        """Answer a request; whether the connection goes on."""
+        accept = head.headers.get("accept", "")
         try:
-            request = self._request(event)
-            accept = request.headers.get("accept", "")
-            reply = await self._handler(request)
+            reply = await self._handler(self._request(head))
         except SectorFSError as exc:
             reply = error_reply(exc, accept)
         except Exception:
-            log.exception("%s failed", event.method.decode("ascii", "replace"))
+            log.exception("%s failed", head.method)
             reply = text_reply(500, "internal error")
-        await self._send(reply, head_only=event.method == b"HEAD", close=close or self._body_left)
+        close = close or self._body_left
+        await self._send(reply, head_only=head.method == "HEAD", close=close)
+        return not close
 
-    def _request(self, event: h11.Request) -> Request:
-        segments, query = parse_target(event.target.decode("latin-1"))
-        headers: dict[str, str] = {}
-        for raw_name, raw_value in event.headers:
-            name, value = raw_name.decode("ascii"), raw_value.decode("latin-1")
-            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    def _request(self, head: heads.RequestHead) -> Request:
+        segments, query = parse_target(head.target)
         return Request(
-            method=event.method.decode("ascii"),
+            method=head.method,
             segments=segments,
             query=query,
-            headers=headers,
+            headers=head.headers,
             peer=self._peer,
             read_body=self._read_body,
             gone=self._gone,
@@ -206,6 +228,7 @@ class _Connection:
 
     async def _body_piece(self, pace: Pace) -> bytes | None:
         """The next piece of the body, or None at its end."""
+        assert self._http is not None, "heads takes no request with a body"
         start = trio.current_time()
         try:
             with trio.fail_after(pace.patience()):
@@ -213,7 +236,7 @@ class _Connection:
                     if self._http.they_are_waiting_for_100_continue:
                         go_on = h11.InformationalResponse(status_code=100, headers=[])
                         await self._write(self._http.send(go_on) or b"")
-                    await self._receive(_BODY_PIECE)
+                    self._http.receive_data(await self._stream.receive_some(_BODY_PIECE))
         except trio.TooSlowError as exc:
             raise RequestTimedOut("the body came too slowly", self._peer) from exc
         except h11.RemoteProtocolError as exc:
@@ -227,19 +250,16 @@ class _Connection:
 
     async def _send(self, reply: Reply, *, head_only: bool = False, close: bool) -> None:
         try:
-            head = self._http.send(_response(reply, close=close)) or b""
-            if head_only or reply.status in _NO_BODY:
+            head = _head(reply, close=close)
+            if head_only or reply.status in heads.NO_BODY:
                 await self._write(head)
             elif isinstance(reply.body, FileBody | PartedBody):
                 await self._write(head)
-                # h11 counts the bytes and hands the object back; sendfile moves them
-                self._http.send_with_data_passthrough(h11.Data(data=_Promise(reply.length)))
                 await self._send_body(reply.body)
             else:
                 data = reply.body or b""
-                await self._write(head + (self._http.send(h11.Data(data=data)) or b""))
+                await self._write(head + data)
                 HTTP_SENT_BYTES.inc(len(data))
-            self._http.send(h11.EndOfMessage())
         finally:
             reply.close()
 
@@ -253,9 +273,6 @@ class _Connection:
     async def _write(self, data: bytes) -> None:
         await send_bytes(self._stream.socket, data, progress=self._limits.write_progress)
 
-    async def _receive(self, size: int) -> None:
-        self._http.receive_data(await self._stream.receive_some(size))
-
     async def _linger(self) -> None:
         """Let the client read the last reply: closing over unread bytes would reset it away."""
         with trio.move_on_after(self._limits.linger):
@@ -265,35 +282,13 @@ class _Connection:
                 left -= len(data)
 
 
-class _Promise(bytes):
-    """Stands for bytes that sendfile will send; h11 asks only for its length."""
-
-    _length: int
-
-    def __new__(cls, length: int) -> _Promise:
-        promise = super().__new__(cls)
-        promise._length = length
-        return promise
-
-    def __len__(self) -> int:
-        return self._length
-
-
-def _response(reply: Reply, *, close: bool) -> h11.Response:
-    headers = [("date", formatdate(usegmt=True)), *reply.headers]
-    if reply.status not in _NO_BODY:
+def _head(reply: Reply, *, close: bool) -> bytes:
+    headers = [("date", heads.date_now()), *reply.headers]
+    if reply.status not in heads.NO_BODY:
         headers.append(("content-length", str(reply.length)))
     if close:
         headers.append(("connection", "close"))
-    encoded = [(name.encode("ascii"), value.encode("latin-1")) for name, value in headers]
-    return h11.Response(status_code=reply.status, headers=encoded, reason=_reason(reply.status))
-
-
-def _reason(status: int) -> bytes:
-    try:
-        return HTTPStatus(status).phrase.encode("ascii")
-    except ValueError:
-        return b""
+    return heads.spell_response(reply.status, headers)
 
 
 def _peer_address(stream: trio.SocketStream) -> str:
