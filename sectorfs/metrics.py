@@ -16,6 +16,9 @@ FUSE_SECONDS = Histogram(
 FUSE_KEPT_OPENS = Gauge(
     "sectorfs_fuse_kept_opens", "Opens of this mount answered without Python; no request counts"
 )
+FUSE_KEPT_READS = Gauge(
+    "sectorfs_fuse_kept_reads", "Reads of this mount answered without Python; no request counts"
+)
 OPEN_FILES = Gauge("sectorfs_open_files", "Files of the mount that are open")
 HTTP_REQUESTS = Counter(
     "sectorfs_http_requests_total", "HTTP requests answered", ["route", "status"]

@@ -4,7 +4,7 @@
  * was loaded with RTLD_GLOBAL before pyfuse3. It calls the real one, keeps the kernel's descriptor
  * for itself, and gives libfuse two functions and an eventfd in its place:
  *
- *   /dev/fuse ── thread `serve` ──┬─ OPEN and RELEASE of remembered files: answered
+ *   /dev/fuse ── thread `serve` ──┬─ OPEN, READ, RELEASE of remembered files: answered
  *        ▲                        ├─ INTERRUPT: noted, and told by an eventfd of its own
  *        │                        └─ all others: queue, eventfd `wake` ── `hand_over` ── libfuse
  *        └──────────────── replies, marked on their way ── `send_reply` ──────────────────┘
@@ -57,7 +57,7 @@ static pthread_cond_t room = PTHREAD_COND_INITIALIZER;
 static pthread_t thread;
 
 /* Constant while a session lasts. */
-static char *buffer; /* of the thread */
+static char *buffer; /* of the thread, for a request; and behind it READ_MAX for a reply */
 static int device = -1, wake = -1, stop = -1;
 static uint16_t max_background;
 
@@ -145,6 +145,17 @@ static bool release_here(const struct request_header *header, const struct relea
     return true;
 }
 
+static bool read_here(const struct request_header *header, const struct read_request *request)
+{
+    char *bytes = buffer + REQUEST_MAX;
+    ssize_t length = kept_read(header->node, request, bytes);
+
+    if (length < 0)
+        return false;
+    answer(header->unique, 0, bytes, (size_t)length);
+    return true;
+}
+
 /* Queue a request for the loop. While the queue is full nothing more is read. */
 static void hand_on(const struct request_header *header)
 {
@@ -184,6 +195,10 @@ static void dispatch(const struct request_header *header)
         return;
     case OPEN:
         if (open_here(header, body))
+            return;
+        break;
+    case READ:
+        if (read_here(header, body))
             return;
         break;
     case RELEASE:
@@ -474,7 +489,7 @@ static void attach(struct fuse_session *session)
 {
     if (attached)
         return;
-    buffer = malloc(REQUEST_MAX);
+    buffer = malloc(REQUEST_MAX + READ_MAX);
     wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (buffer != NULL && wake >= 0 && stop >= 0 && open_interrupts() &&

@@ -94,6 +94,11 @@ static PyObject *py_opens(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none)
     return PyLong_FromUnsignedLongLong(kept_opens());
 }
 
+static PyObject *py_reads(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
+{
+    return PyLong_FromUnsignedLongLong(kept_reads());
+}
+
 static PyObject *py_current(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
 {
     return PyLong_FromUnsignedLongLong(channel_current());
@@ -132,6 +137,7 @@ static PyMethodDef functions[] = {
     {"forget", py_forget, METH_O, "Answer no more opens of an inode; how many are open."},
     {"use", py_use, METH_O, "Open now, opened ever, and seconds since the last open."},
     {"opens", py_opens, METH_NOARGS, "Opens answered without Python."},
+    {"reads", py_reads, METH_NOARGS, "Reads answered without Python."},
     {"current", py_current, METH_NOARGS, "The request whose handler begins now, or 0."},
     {"interrupts_fd", py_interrupts_fd, METH_NOARGS, "Readable while requests are interrupted."},
     {"interrupted", py_interrupted, METH_NOARGS, "(Number, pid, buffered read) of each since."},

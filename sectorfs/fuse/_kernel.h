@@ -3,10 +3,13 @@
 #define SECTORFS_KERNEL_H
 
 #include <stddef.h>
+#include <sys/types.h>
 
 #include "_wire.h"
 
-/* ---- _kept.c: files whose opens are answered without Python ---- */
+/* ---- _kept.c: files whose opens and cached reads are answered without Python ---- */
+
+enum { READ_MAX = 1 << 20 }; /* the most today's kernels ask for */
 
 struct use {
     uint32_t open;   /* not released yet */
@@ -19,10 +22,14 @@ bool kept_open(uint64_t inode, uint32_t flags, struct open_reply *reply);
 /* True when this release belongs to an open that was answered here. */
 bool kept_release(uint64_t inode, uint64_t handle);
 
+/* Answer a read: how many bytes of `buffer`, which has READ_MAX, are the reply; -1: Python's. */
+ssize_t kept_read(uint64_t inode, const struct read_request *request, void *buffer);
+
 bool kept_remember(uint64_t inode, uint64_t handle, int fd, int32_t backing);
 uint32_t kept_forget(uint64_t inode);
 bool kept_use(uint64_t inode, struct use *use);
 uint64_t kept_opens(void);
+uint64_t kept_reads(void);
 void kept_forget_all(void);
 
 /* ---- _interrupts.c: requests that nobody waits for any more ---- */

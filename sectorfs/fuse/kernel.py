@@ -116,7 +116,7 @@ def mark_open(fh: int, *, backing_id: int = 0, cache_directory: bool = False) ->
 
 
 def remember(inode: int, fh: int, fd: int, *, backing_id: int = 0) -> bool:
-    """Have plain opens of an inode answered with `fh` from now on, without Python.
+    """Have plain opens of an inode answered with `fh`, and its cached bytes, without Python.
 
     As long as the file behind `fd` keeps its size, times and links; else they come to Python. `fd`
     must stay open until `forget`, and be on a local file system. `fh` may be open already: it has
@@ -140,6 +140,11 @@ def use(inode: int) -> Use | None:
 def opens() -> int:
     """Opens of this mount answered without Python."""
     return _kernel.opens() if _LOADED else 0
+
+
+def reads() -> int:
+    """Reads of this mount answered without Python."""
+    return 0 if _kernel is None else _kernel.reads()
 
 
 def current() -> int:

@@ -46,7 +46,7 @@ from sectorfs.fuse.tree import (
     Tree,
     space,
 )
-from sectorfs.metrics import FUSE_KEPT_OPENS, FUSE_REQUESTS, FUSE_SECONDS
+from sectorfs.metrics import FUSE_KEPT_OPENS, FUSE_KEPT_READS, FUSE_REQUESTS, FUSE_SECONDS
 from sectorfs.stores.protocol import SectorStore
 from sectorfs.types import SectorFile, StorageID, parse_storage_id
 
@@ -418,6 +418,7 @@ class Mount:
         mounts.check_mountpoint(self.path)
         kernel.prepare()
         FUSE_KEPT_OPENS.set_function(kernel.opens)
+        FUSE_KEPT_READS.set_function(kernel.reads)
         _init(self._operations, self.path, self._options)
         try:
             self._mount = mounts.find_mount(self.path)
