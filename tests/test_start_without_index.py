@@ -128,6 +128,9 @@ def test_an_index_that_hangs_holds_up_no_start(pair: tuple[Node, Node]) -> None:
     _, second = pair
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/rpc/v0"
+        refused = run("serve", "--listen", "127.0.0.1:0", "--index", url, repo=second.repo.root)
+        assert refused.returncode == 5, "an Index that never answered is a mistake"
+        second.repo.note_index(url)
         started = time.monotonic()
         second.start("--index", url)
         assert time.monotonic() - started < 10

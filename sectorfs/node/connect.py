@@ -65,18 +65,23 @@ async def open_index(repo: Repo, config: Config, admin_token: str) -> AsyncItera
         yield RpcIndex(url, post)
 
 
-async def greet(index: SectorIndex) -> bool:
+async def greet(index: SectorIndex, repo: Repo, config: Config) -> bool:
     """Ask the Index once at a start, which one that refuses us, or is none, ends with the reason.
 
-    False for one that is away, without ending anything: nodes of a cluster come up in any order.
+    False for one that is away and has answered this node before: nodes of a cluster come up in any
+    order. One that never did is rather a mistake in the settings.
     """
     try:
         await index.storages()
     except NotJsonRpc:
         raise
     except Unreachable as exc:
+        if not repo.knows_index(config.index.url):
+            raise
         log.warning("%s; starting without it, with this node's own files", exc)
         return False
+    if not embedded(config):
+        repo.note_index(config.index.url)
     return True
 
 

@@ -28,12 +28,15 @@ from sectorfs.index.protocol import SectorIndex
 from sectorfs.index.rpc import index_methods
 from sectorfs.node import addresses, connect, rpc, unmount
 from sectorfs.node.admin import LocalAdmin
+from sectorfs.node.caching import LocalCaching, MountReaders, caching_methods
 from sectorfs.node.moves import local_moves, move_methods
 from sectorfs.node.own_files import OwnFiles
 from sectorfs.node.repo import Repo
 from sectorfs.node.status import Node
 from sectorfs.server.routes import make_handler
 from sectorfs.stores import metadata, storage_list
+from sectorfs.stores.cache import CacheKeeper
+from sectorfs.stores.cache_notes import CacheNotes
 from sectorfs.stores.copies import Copies
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.local import LocalStore
@@ -50,8 +53,8 @@ from sectorfs.wire.server import serve
 
 log = logging.getLogger(__name__)
 
-PEER_REQUESTS = 64
-"""Requests at a time to one peer; fetches have their own, lower bound."""
+PEER_REQUESTS = 128
+"""Requests at a time to one peer; what reads and fetches has its own, lower bound."""
 ATTACH_SECONDS = 2.0
 """A start waits so long for its paths; a disk that hangs is attached behind."""
 CATCH_UP_SECONDS = 5.0
@@ -78,7 +81,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
         token = repo.admin_token(secret)
         own_url = f"{advertise}/remote"
         index = await stack.enter_async_context(connect.open_index(repo, config, token))
-        present = await connect.greet(index)
+        present = await connect.greet(index, repo, config)
         client = await stack.enter_async_context(
             Client(
                 config.timeouts,
@@ -126,6 +129,17 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             own_urls=frozenset((own_url,)),
             config=config,
         )
+        keeper = CacheKeeper(
+            nursery,
+            copies,
+            CacheNotes(copies.root, copies.storage, deadline=config.timeouts.disk),
+            local,
+            moves.remover,
+            config.cache.limits(),
+            readers=MountReaders(copies.storage, lambda: node.handles),
+            busy=lambda file: store.is_busy(file),
+            promised=partial(_promised, local, space, copies.storage),
+        )
         store = RemoteStore(
             nursery=nursery,
             catalog=catalog,
@@ -136,8 +150,11 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             parallel=config.peers.parallel,
             cutoff=config.index.cutoff,
             own_urls=frozenset((own_url,)),
+            fetch=config.fetch,
             space=space,
+            keeper=keeper,
         )
+        caching = LocalCaching(catalog=catalog, feed=feed, store=store, keeper=keeper)
         admin = LocalAdmin(
             repo=repo,
             index=index,
@@ -148,6 +165,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             caught_up=lambda: _caught_up(index, feed),
             state=store.state,
             moves=moves,
+            caching=caching,
         )
         node = Node(
             repo=repo,
@@ -157,6 +175,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             feed=feed,
             local=local,
             store=store,
+            keeper=keeper,
             admin=admin,
         )
         handler = make_handler(
@@ -167,6 +186,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
                     *(index_methods(index) if connect.embedded(config) else ()),
                     *rpc.node_methods(admin, node.status),
                     *move_methods(moves),
+                    *caching_methods(caching),
                 ]
             ),
             health=lambda: {"version": __version__, "index": feed.connected},
@@ -185,6 +205,8 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
         else:
             nursery.start_soon(feed.run)
         await nursery.start(local.run)
+        nursery.start_soon(keeper.run)
+        nursery.start_soon(_settle, feed, store)
         old = [url for url in repo.advertised() if url != own_url]
         repo.write_advertised([*old, own_url])
         attached = await _attach(nursery, local, (str(copies.root), *known.paths))
@@ -239,6 +261,7 @@ async def _mount(stack: AsyncExitStack, node: Node, mountpoint: Path) -> None:
         config.mount,
         cutoff=config.index.cutoff,
         local_path=node.admin.file_path,
+        is_pinned=node.keeper.is_pinned,
         filesystem=node.local.filesystem,
         local_file_system=node.local.file_system,
         on_stale=partial(_recheck, node.feed, node.local),
@@ -297,6 +320,18 @@ async def _attach(nursery: trio.Nursery, local: LocalStore, paths: Sequence[str]
     with trio.move_on_after(ATTACH_SECONDS):
         await done.wait()
     return done
+
+
+async def _settle(feed: Feed, store: RemoteStore) -> None:
+    """Once it is known what there is, look through what an earlier run left."""
+    await feed.wait_until(lambda catalog: catalog.loaded and math.isfinite(feed.age))
+    await store.settle()
+
+
+async def _promised(local: LocalStore, space: SpaceLedger, storage: StorageID) -> int:
+    """Bytes still to come of what is being fetched into a storage path of this node."""
+    paths = [path for path in local.paths() if path.storage == storage and path.available]
+    return sum([(await space.stat(path)).reserved for path in paths])
 
 
 async def _caught_up(index: SectorIndex, feed: Feed) -> None:

@@ -104,6 +104,15 @@ class Repo:
         if self.cache_storage(config) != storage:
             self._write("cache-path", f"{storage} {self.cache_path(config)}")
 
+    def knows_index(self, url: str) -> bool:
+        """Whether the Index at this URL has answered this node before."""
+        return (self._read("index-url") or "").strip() == url
+
+    def note_index(self, url: str) -> None:
+        """Remember that an Index answered, for a start at which it does not."""
+        if not self.knows_index(url):
+            self._write("index-url", url)
+
     # --- the lock ---
 
     def mountpoint(self) -> str | None:
