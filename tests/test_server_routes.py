@@ -10,17 +10,20 @@ from dataclasses import dataclass, field
 from email.utils import formatdate
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
 from sectorfs.errors import BadRange, StorageUnavailable
-from sectorfs.server.access import require
 from sectorfs.server.conditions import byte_ranges, precondition, validators
+from sectorfs.server.files import EXCERPT
 from sectorfs.server.routes import make_handler
 from sectorfs.stores.protocol import OpenFile
+from sectorfs.stores.regular import Excerpt, Spans
 from sectorfs.types import Facts, SectorFile
 from sectorfs.wire.client import Client
 from sectorfs.wire.messages import Gone, Reply, Request
+from sectorfs.wire.multipart import boundary_of, parts
 from sectorfs.wire.server import Handler
 from sectorfs.wire.tokens import Secret, sign
 from tests.wire_fixtures import PATIENT, FolderFiles, fds_return_to, open_fds, running
@@ -432,7 +435,6 @@ async def test_open_pages_off_loopback(tmp_path: Path) -> None:
         assert (await handle(from_afar(path, token=sign(SECRET, ["sign"])))).status == 403
         assert (await handle(from_afar(path, token=READ))).status == 200
     assert (await handle(from_afar("/health"))).status == 200
-    require(from_afar("/", token=READ), SECRET, "read")
 
 
 @pytest.mark.parametrize(
@@ -473,16 +475,66 @@ class HangingFiles(FolderFiles):
         await trio.sleep_forever()
         raise AssertionError
 
+    async def excerpt(self, file: SectorFile, member: str | None, spans: Spans) -> Excerpt:
+        await trio.sleep_forever()
+        raise AssertionError
+
     async def listing(self, file: SectorFile) -> Facts:
         raise StorageUnavailable("the disk is gone", "/mnt/x", "mount it")
+
+
+@pytest.mark.parametrize("more", [0, 64])
+async def test_small_and_large_ranges_are_the_same(tmp_path: Path, more: int) -> None:
+    async with node(tmp_path) as it:
+        path = tmp_path / "sealed/s-t01000-7"
+        path.write_bytes(data := os.urandom(EXCERPT + 1000))
+        answer = await it.ask(PATHS[0], ("Range", f"bytes=5-{EXCERPT + 4 + more}"))
+        assert (answer.status, answer.body) == (206, data[5 : EXCERPT + 5 + more])
+        step = (EXCERPT - 64) // 8
+        spans = [(n * step + n, (n + 1) * step + n) for n in range(8)]
+        spans[0] = (0, step + more)
+        text = ",".join(f"{start}-{end - 1}" for start, end in spans)
+        answer = await it.ask(PATHS[0], ("Range", f"bytes={text},{len(data) + 5}-{len(data) + 5}"))
+        boundary = boundary_of(answer.headers["content-type"])
+        assert boundary is not None
+        found = list(parts(answer.body, boundary))
+        assert [(part.start, part.end) for part in found] == spans
+        assert [bytes(part.data) for part in found] == [data[a:b] for a, b in spans]
+        assert len(it.files.opened) == (2 if more else 0)
+
+
+async def test_small_ranges_under_conditions(tmp_path: Path) -> None:
+    async with node(tmp_path) as it:
+        few = ("Range", "bytes=3-5")
+        tag = (await it.ask(PATHS[0], few)).headers["etag"]
+        assert (await it.ask(PATHS[0], few, ("If-Range", tag))).status == 206
+        answer = await it.ask(PATHS[0], few, ("If-Range", '"other"'))
+        assert (answer.status, len(answer.body)) == (200, SIZE)
+        assert (await it.ask(PATHS[0], few, ("If-Match", '"other"'))).status == 412
+        assert (await it.ask(PATHS[0], few, ("If-None-Match", tag))).status == 304
+        assert (await it.ask(PATHS[0].replace("-7", "-9"), few)).status == 404
+
+
+async def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    class Shrinking(FolderFiles):
+        async def excerpt(self, file: SectorFile, member: str | None, spans: Spans) -> Excerpt:
+            whole = await super().excerpt(file, member, spans)
+            return msgspec.structs.replace(whole, pieces=(b"",))
+
+    made = Node(tmp_path, Shrinking(tmp_path))
+    async with node(tmp_path, handler=made.handler()) as it:
+        answer = await it.ask(PATHS[0], ("Range", "bytes=3-5"))
+        assert answer.status >= 500
+        assert "ends within" in answer.text
 
 
 async def test_a_disk_that_hangs_or_is_gone_is_503(tmp_path: Path) -> None:
     made = Node(tmp_path, HangingFiles(tmp_path))
     async with node(tmp_path, handler=made.handler(deadline=0.05)) as it:
-        answer = await it.ask(PATHS[0])
-        assert answer.status == 503
-        assert "s-t01000-7" in answer.text
+        for headers in ((), (("Range", "bytes=0-9"),)):
+            answer = await it.ask(PATHS[0], *headers)
+            assert answer.status == 503
+            assert "s-t01000-7" in answer.text
         answer = await it.ask(PATHS[1])
         assert (answer.status, answer.text) == (
             503,
@@ -513,6 +565,7 @@ async def test_no_file_stays_open(tmp_path: Path) -> None:
         for headers in ((), (("Range", "bytes=9-1"),), (("If-None-Match", "*"),)):
             for method in ("GET", "HEAD"):
                 await it.ask(PATHS[0], *headers, method=method)
+            await it.ask(PATHS[0], ("Range", "bytes=0-9"))
         assert len(it.files.opened) == 6
         for opened in it.files.opened:
             assert opened.descriptor.closed

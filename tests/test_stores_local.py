@@ -913,8 +913,13 @@ async def test_what_cannot_be_opened(index: SwitchedIndex, path: Path) -> None:
     ):
         with pytest.raises(NotFound):
             await store.open_file(file, member)
+        with pytest.raises(NotFound):
+            await store.excerpt(file, member, [(0, 1)])
     with pytest.raises(DiskError):
         await store.open_file(sector_file(FileType.SEALED, 3))
+    with pytest.raises(DiskError):
+        await store.excerpt(sector_file(FileType.SEALED, 3), None, [(0, 1)])
+    assert (await store.excerpt(CACHE, "p_aux", [(0, 9), (1, 1)])).pieces == (b"1", b"")
 
 
 async def test_a_linked_file_is_opened(index: SwitchedIndex, path: Path, tmp_path: Path) -> None:
@@ -960,8 +965,9 @@ async def test_the_path_that_the_index_names_comes_first(
         await store.open_at(storage, SEALED)
 
 
+@pytest.mark.parametrize("whole", [True, False])
 async def test_a_path_that_lost_its_disk_is_unavailable_at_the_next_open(
-    index: SwitchedIndex, disk: Path
+    index: SwitchedIndex, disk: Path, whole: bool
 ) -> None:
     storage = make_path(disk)
     put(disk, SEALED)
@@ -969,7 +975,7 @@ async def test_a_path_that_lost_its_disk_is_unavailable_at_the_next_open(
     await store.attach(str(disk))
     unmount(disk)
     with pytest.raises(StorageUnavailable, match="is gone"):
-        await store.open_file(SEALED)
+        await (store.open_file(SEALED) if whole else store.excerpt(SEALED, None, [(0, 1)]))
     assert not store.paths()[0].available
 
 

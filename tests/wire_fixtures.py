@@ -16,6 +16,7 @@ from sectorfs.index.protocol import FsStat
 from sectorfs.stores.directories import OpenDirectory, open_directory
 from sectorfs.stores.lanes import Descriptor, Lane
 from sectorfs.stores.protocol import OpenFile
+from sectorfs.stores.regular import Excerpt, Spans, read_excerpt
 from sectorfs.types import Facts, MemberFacts, SectorFile, StorageID
 from sectorfs.wire.messages import FileBody, Limits, Reply
 from sectorfs.wire.server import Handler, serve
@@ -203,6 +204,10 @@ class FolderFiles:
         )
         self.opened.append(opened)
         return opened
+
+    async def excerpt(self, file: SectorFile, member: str | None, spans: Spans) -> Excerpt:
+        path = self.root / file.file_type.dir_name / file.sector.name / (member or "")
+        return await self.lane.run(lambda: read_excerpt(str(path), spans), what="open")
 
     async def open_directory(
         self, file: SectorFile, *, only: Container[str] | None

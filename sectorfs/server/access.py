@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from sectorfs.errors import Forbidden, Unauthorized
 from sectorfs.wire.messages import Request
-from sectorfs.wire.tokens import Secret, verify
+from sectorfs.wire.tokens import Claims, Secret, claims
+
+_REMEMBERED = 256
+"""Tokens; a cluster has a handful."""
+_LONGEST = 4096
+"""Characters of a token that is worth remembering."""
 
 
-def permissions(request: Request, secret: Secret) -> frozenset[str]:
-    """What the request's token allows; `Unauthorized` without a valid one."""
-    return verify(secret, _token(request))
+class Access:
+    """Judges requests by their tokens.
 
+    Checking a signature takes longer than reading a few pages of a file, so that tokens found valid
+    are remembered, whole, until they expire.
+    """
 
-def require(request: Request, secret: Secret, permission: str) -> None:
-    """`Forbidden` when the request's token is valid and lacks the permission."""
-    if permission not in permissions(request, secret):
-        raise Forbidden(f"the token lacks the permission {permission!r}", request.path)
+    def __init__(self, secret: Secret, *, now: Callable[[], float] = time.time) -> None:
+        self._secret = secret
+        self._now = now
+        self._valid: dict[str, Claims] = {}  # the one found last is at the end
+
+    def permissions(self, request: Request) -> frozenset[str]:
+        """What the request's token allows; `Unauthorized` without a valid one."""
+        token = _token(request)
+        known = self._valid.get(token)
+        if known is None or known.expired(self._now()):
+            self._valid.pop(token, None)
+            known = claims(self._secret, token)
+            self._remember(token, known)
+        return known.permissions
+
+    def require(self, request: Request, permission: str) -> None:
+        """`Forbidden` when the request's token is valid and lacks the permission."""
+        if permission not in self.permissions(request):
+            raise Forbidden(f"the token lacks the permission {permission!r}", request.path)
+
+    def _remember(self, token: str, found: Claims) -> None:
+        if len(token) > _LONGEST:
+            return
+        if len(self._valid) >= _REMEMBERED:
+            del self._valid[next(iter(self._valid))]
+        self._valid[token] = found
 
 
 def _token(request: Request) -> str:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from email.utils import formatdate, parsedate_to_datetime
+from email.utils import parsedate_to_datetime
 
 import msgspec
 
 from sectorfs.errors import BadRange
+from sectorfs.wire.heads import spell_date
 
 _MAX_DATE = 253402300799
 """End of the year 9999: dates beyond have no HTTP spelling."""
 _ETAGS = re.compile(r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
 _ONE_RANGE = re.compile(r"(?:([0-9]+)-([0-9]*)|-([0-9]+))", re.ASCII)
+_PLAIN_RANGE = re.compile(r"([0-9]{1,18})-([0-9]{1,18})", re.ASCII)
 _HUGE = 10**19
 MAX_RANGES = 64
 """In one request: far more than readers of pieces ask for, few enough to send by `sendfile`."""
@@ -31,7 +33,7 @@ class Validators(msgspec.Struct, frozen=True):
         """ETag and, where the time can be spelled, Last-Modified."""
         if not 0 <= self.modified <= _MAX_DATE:
             return (("etag", self.etag),)
-        return (("etag", self.etag), ("last-modified", formatdate(self.modified, usegmt=True)))
+        return (("etag", self.etag), ("last-modified", spell_date(self.modified)))
 
 
 def validators(*, inode: int, size: int, mtime_ns: int) -> Validators:
@@ -80,6 +82,19 @@ def byte_ranges(
         raise BadRange(f"cannot serve range {text[:80]!r} of {size} bytes")
     if sum(length for _, length in spans) > size:
         raise BadRange(f"ranges of more bytes than the {size} there are")
+    return spans
+
+
+def plain_ranges(headers: Mapping[str, str], limit: int) -> tuple[tuple[int, int], ...] | None:
+    """Offsets and lengths asked for, told without knowing the file; None when that cannot be, or
+    for more than `limit` bytes together, or when the request is not a plain one for ranges."""
+    parts = headers.get("range", "").removeprefix("bytes=").split(",")
+    found = [_PLAIN_RANGE.fullmatch(part.strip()) for part in parts[: MAX_RANGES + 1]]
+    spans = tuple((int(one[1]), int(one[2]) + 1 - int(one[1])) for one in found if one)
+    if len(spans) != len(parts) or len(spans) > MAX_RANGES:
+        return None
+    if min(length for _, length in spans) < 1 or sum(length for _, length in spans) > limit:
+        return None
     return spans
 
 

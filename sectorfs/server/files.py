@@ -16,7 +16,8 @@ from sectorfs.errors import NotFound, StorageUnavailable
 from sectorfs.index.protocol import FsStat
 from sectorfs.server import allocated
 from sectorfs.server.archives import archive_reply
-from sectorfs.server.ranges import file_reply
+from sectorfs.server.conditions import plain_ranges
+from sectorfs.server.ranges import excerpt_reply, file_reply
 from sectorfs.stores.layout import MINIMAL
 from sectorfs.stores.protocol import LocalFiles
 from sectorfs.types import (
@@ -30,6 +31,9 @@ from sectorfs.types import (
 from sectorfs.wire.messages import Reply, Request
 
 T = TypeVar("T")
+
+EXCERPT = 256 * 1024
+"""Bytes that a reply may hold in memory: what readers ask for is less, what fills copies more."""
 
 _JSON = ("content-type", "application/json")
 
@@ -115,6 +119,12 @@ class FileRoutes:
         return await self._file(request, file, name)
 
     async def _file(self, request: Request, file: SectorFile, member: str | None) -> Reply:
+        asked = plain_ranges(request.headers, EXCERPT) if request.method == "GET" else None
+        if asked is not None:
+            excerpt = await self._timely(self._files.excerpt(file, member, asked), file)
+            reply = excerpt_reply(request, excerpt, asked)
+            if reply is not None:
+                return reply
         opened = await self._timely(self._files.open_file(file, member), file)
         try:
             return file_reply(request, opened)

@@ -1,15 +1,19 @@
-"""The reply with an open file: whole, a range of it, or several ranges (multipart/byteranges)."""
+"""The reply with an open file: whole, a range of it, or several ranges (multipart/byteranges).
+
+Small ranges come as an `Excerpt`, read by the thread that opened the file; all else by `sendfile`.
+"""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import trio
 
-from sectorfs.errors import BadRange
+from sectorfs.errors import BadRange, SourceFailed
 from sectorfs.server.conditions import byte_ranges, precondition, validators
 from sectorfs.stores.protocol import OpenFile
+from sectorfs.stores.regular import Excerpt, Spans
 from sectorfs.stores.transfer import MTIME_HEADER
 from sectorfs.wire.messages import FileBody, LateFile, PartedBody, Reply, Request, error_reply
 
@@ -20,32 +24,62 @@ Headers = tuple[tuple[str, str], ...]
 
 def file_reply(request: Request, opened: OpenFile) -> Reply:
     """The reply that owns `opened`, or has closed it already."""
-    current = validators(inode=opened.inode, size=opened.size, mtime_ns=opened.mtime_ns)
+    headers, wanted = _wanted(request, opened)
+    if isinstance(wanted, Reply):
+        opened.close()
+        return wanted
+    if wanted is None:
+        return _whole(opened, headers)
+    if len(wanted) > 1:
+        return _parts(opened, wanted, headers)
+    offset, length = wanted[0]
+    return _one(headers, wanted[0], opened.size, _piece(opened, offset, length, closes=True))
+
+
+def excerpt_reply(request: Request, excerpt: Excerpt, asked: Spans) -> Reply | None:
+    """The reply with an excerpt of the spans `asked`; None when the whole file is wanted."""
+    headers, wanted = _wanted(request, excerpt)
+    if isinstance(wanted, Reply) or wanted is None:
+        return wanted
+    within = [
+        piece
+        for (offset, _), piece in zip(asked, excerpt.pieces, strict=True)
+        if offset < excerpt.size
+    ]
+    for (offset, length), piece in zip(wanted, within, strict=True):
+        if len(piece) != length:
+            raise SourceFailed(f"the file ends within {length} bytes from {offset}", request.path)
+    if len(wanted) == 1:
+        return _one(headers, wanted[0], excerpt.size, within[0])
+    boundary = _boundary()
+    lines = _part_heads(wanted, boundary, excerpt.size)
+    body = b"".join(part for pair in zip(lines, within, strict=True) for part in pair)
+    return Reply(206, (_parted(boundary), *headers), body + _end(boundary))
+
+
+def _wanted(request: Request, content: OpenFile | Excerpt) -> tuple[Headers, Reply | Spans | None]:
+    """Headers that say what the content is, and a reply without it, its spans, or None for all."""
+    current = validators(inode=content.inode, size=content.size, mtime_ns=content.mtime_ns)
     headers = (
         *current.headers(),
         ("accept-ranges", "bytes"),
-        (MTIME_HEADER, str(opened.mtime_ns)),
+        (MTIME_HEADER, str(content.mtime_ns)),
     )
     status = precondition(request.headers, current)
     if status is not None:
-        opened.close()
-        return Reply(status, headers)
+        return headers, Reply(status, headers)
     if request.method != "GET":
-        return _whole(opened, headers)
+        return headers, None
     try:
-        spans = byte_ranges(request.headers, current, opened.size)
+        return headers, byte_ranges(request.headers, current, content.size)
     except BadRange as exc:
-        opened.close()
         refusal = error_reply(exc, request.headers.get("accept", ""))
-        extent = ("content-range", f"bytes */{opened.size}")
-        return Reply(416, (*refusal.headers, *headers, extent), refusal.body)
-    if spans is None:
-        return _whole(opened, headers)
-    if len(spans) > 1:
-        return _parts(opened, spans, headers)
-    offset, length = spans[0]
-    extent = ("content-range", _extent(offset, length, opened.size))
-    body = _piece(opened, offset, length, closes=True)
+        extent = ("content-range", f"bytes */{content.size}")
+        return headers, Reply(416, (*refusal.headers, *headers, extent), refusal.body)
+
+
+def _one(headers: Headers, span: tuple[int, int], size: int, body: bytes | FileBody) -> Reply:
+    extent = ("content-range", _extent(*span, size))
     return Reply(206, (("content-type", OCTETS), *headers, extent), body)
 
 
@@ -54,18 +88,35 @@ def _whole(opened: OpenFile, headers: Headers) -> Reply:
     return Reply(200, (("content-type", OCTETS), *headers), body)
 
 
-def _parts(opened: OpenFile, spans: Sequence[tuple[int, int]], headers: Headers) -> Reply:
-    boundary = secrets.token_hex(16)  # nothing that a file could hold by chance
+def _parts(opened: OpenFile, spans: Spans, headers: Headers) -> Reply:
+    boundary = _boundary()
+    lines = _part_heads(spans, boundary, opened.size)
     parts: list[bytes | LateFile] = []
+    for line, (offset, length) in zip(lines, spans, strict=True):
+        parts += [line, _late(opened, offset, length)]
+    parts.append(_end(boundary))
+    return Reply(206, (_parted(boundary), *headers), PartedBody(parts, close=opened.close))
+
+
+def _boundary() -> str:
+    return secrets.token_hex(16)  # nothing that a file could hold by chance
+
+
+def _parted(boundary: str) -> tuple[str, str]:
+    return ("content-type", f"multipart/byteranges; boundary={boundary}")
+
+
+def _part_heads(spans: Spans, boundary: str, size: int) -> Iterator[bytes]:
+    """What stands before each part."""
     line = f"--{boundary}"
-    for offset, length in spans:
-        extent = _extent(offset, length, opened.size)
-        head = f"{line}\r\ncontent-type: {OCTETS}\r\ncontent-range: {extent}\r\n\r\n"
-        parts += [head.encode(), _late(opened, offset, length)]
+    for span in spans:
+        extent = _extent(*span, size)
+        yield f"{line}\r\ncontent-type: {OCTETS}\r\ncontent-range: {extent}\r\n\r\n".encode()
         line = f"\r\n--{boundary}"
-    parts.append(f"{line}--\r\n".encode())
-    kind = ("content-type", f"multipart/byteranges; boundary={boundary}")
-    return Reply(206, (kind, *headers), PartedBody(parts, close=opened.close))
+
+
+def _end(boundary: str) -> bytes:
+    return f"\r\n--{boundary}--\r\n".encode()
 
 
 def _late(opened: OpenFile, offset: int, length: int) -> LateFile:

@@ -28,7 +28,7 @@ import prometheus_client
 
 from sectorfs.errors import NotFound, SectorFSError
 from sectorfs.metrics import HTTP_REQUESTS
-from sectorfs.server.access import permissions, require
+from sectorfs.server.access import Access
 from sectorfs.server.files import FileRoutes
 from sectorfs.server.removal import RemovalRoute, Removes
 from sectorfs.stores.protocol import LocalFiles
@@ -88,7 +88,7 @@ class _Routes:
         deadline: float,
         remover: Removes | None,
     ) -> None:
-        self._secret = secret
+        self._access = Access(secret)
         self._rpc = rpc
         self._health = health
         self._status = status
@@ -149,10 +149,10 @@ class _Routes:
             allow = ", ".join(route.methods)
             raise MethodRefused(f"{request.method[:20]} is not offered", request.path, allow=allow)
         if request.method == "DELETE" and route.remove is not None:
-            require(request, self._secret, "admin")
+            self._access.require(request, "admin")
             return await route.remove(request)
         if route.needs == "read" or (route.needs == "read off loopback" and not request.loopback):
-            require(request, self._secret, "read")
+            self._access.require(request, "read")
         return await route.answer(request)
 
     async def _show_status(self, request: Request) -> Reply:
@@ -168,6 +168,6 @@ class _Routes:
         return Reply(200, (kind,), msgspec.json.encode(self._health()) + b"\n")
 
     async def _call(self, request: Request) -> Reply:
-        allowed = permissions(request, self._secret)
+        allowed = self._access.permissions(request)
         status, body = await self._rpc(await request.body(RPC_LIMIT), allowed, gone=request.gone)
         return Reply(status, (("content-type", "application/json"),), body)

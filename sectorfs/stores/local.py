@@ -22,17 +22,20 @@ from sectorfs.stores.file_systems import look_at_directory
 from sectorfs.stores.keeper import IndexLink, Keeper, ScanCounts
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.local_path import LocalPath
+from sectorfs.stores.members import check_member
 from sectorfs.stores.metadata import Metadata, read_metadata
 from sectorfs.stores.path_changes import PathChanges, rewrite
 from sectorfs.stores.protocol import OpenFile
+from sectorfs.stores.regular import Excerpt, Spans
 from sectorfs.stores.scan import file_facts
 from sectorfs.stores.space import fs_stat, raw_space
 from sectorfs.stores.watch import Listener, Watcher
-from sectorfs.types import Facts, FileType, SectorFile, StorageID, parse_member_name
+from sectorfs.types import Facts, FileType, SectorFile, StorageID
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Seen = TypeVar("Seen", OpenFile, Excerpt)
 
 TURN_SECONDS = 1.0
 """So long a path that could be attached waits for those listed before it, whose disks may hang."""
@@ -393,47 +396,69 @@ class LocalStore:
 
     async def open_file(self, file: SectorFile, member: str | None = None) -> OpenFile:
         """Open a file on whichever path has it, those the Index names first."""
-        _check_member(file, member)
+        return await self._seen(
+            file, member, lambda local, at: local.open(file, member, expected=at)
+        )
+
+    async def excerpt(self, file: SectorFile, member: str | None, spans: Spans) -> Excerpt:
+        """Parts of a file; else as `open_file`."""
+        return await self._seen(
+            file, member, lambda local, at: local.excerpt(file, member, spans, expected=at)
+        )
+
+    async def _seen(
+        self,
+        file: SectorFile,
+        member: str | None,
+        look: Callable[[LocalPath, bool], Awaitable[Seen]],
+    ) -> Seen:
+        check_member(file, member)
         return await self._first(
-            file, lambda local, expected: self._open(local, file, member, expected)
+            file, lambda local, at: self._noting(local, file, member, at, look(local, at))
         )
 
     async def open_at(
         self, storage: StorageID, file: SectorFile, member: str | None = None
     ) -> OpenFile:
         """Open a file on one path of this node."""
-        _check_member(file, member)
+        check_member(file, member)
         local = self._paths.get(storage)
         if local is None:
             raise NotFound("no such storage on this node", storage)
         if not local.available:
             raise StorageUnavailable(local.error, local.path)
-        return await self._open(local, file, member, True)
+        return await self._noting(
+            local, file, member, True, local.open(file, member, expected=True)
+        )
 
-    async def _open(
-        self, local: LocalPath, file: SectorFile, member: str | None, expected: bool
-    ) -> OpenFile:
+    async def _noting(
+        self,
+        local: LocalPath,
+        file: SectorFile,
+        member: str | None,
+        expected: bool,
+        call: Awaitable[Seen],
+    ) -> Seen:
+        """What `call` finds of a file; what the Index does not know of it is looked at soon."""
         try:
-            opened = await local.open(file, member, expected=expected)
+            found = await call
         except NotFound:
             if expected:
                 local.note(file)
             raise
         unknown = self._holders is not None and not expected
-        if unknown or self._differs(local, file, member, opened):
+        if unknown or self._differs(local, file, member, found):
             local.note(file)
-        return opened
+        return found
 
     def _differs(
-        self, local: LocalPath, file: SectorFile, member: str | None, opened: OpenFile
+        self, local: LocalPath, file: SectorFile, member: str | None, found: OpenFile | Excerpt
     ) -> bool:
         facts = self._declared(file, local.storage) if self._declared is not None else None
         if facts is None:
             return False
         known = facts if member is None else facts.member(member)
-        if known is None:
-            return True
-        return (known.size, known.mtime_ns) != (opened.size, opened.mtime_ns)
+        return known is None or (known.size, known.mtime_ns) != (found.size, found.mtime_ns)
 
     async def open_directory(
         self, file: SectorFile, *, only: Container[str] | None
@@ -582,14 +607,3 @@ def _absolute(path: str) -> str:
 
 def _inside(inner: str, outer: str) -> bool:
     return inner.startswith(outer.rstrip("/") + "/")
-
-
-def _check_member(file: SectorFile, member: str | None) -> None:
-    """`NotFound` unless the name can be that of a file: no name leads out of its directory."""
-    if file.file_type.is_directory != (member is not None):
-        raise NotFound("is a directory" if member is None else "is not a directory", file)
-    if member is not None:
-        try:
-            parse_member_name(member)
-        except ValueError as exc:
-            raise NotFound(str(exc), file) from exc

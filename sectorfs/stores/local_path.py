@@ -10,25 +10,28 @@ from __future__ import annotations
 import logging
 import math
 import os
-import stat
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
+from typing import TypeVar
 
 import trio
 
 from sectorfs import metrics
-from sectorfs.errors import NotFound, SectorFSError, StorageUnavailable
+from sectorfs.errors import SectorFSError, StorageUnavailable
 from sectorfs.index.protocol import FsStat, StorageInfo
 from sectorfs.stores.file_systems import FileSystems, look_at_directory
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.metadata import Metadata, read_metadata
 from sectorfs.stores.protocol import OpenFile
+from sectorfs.stores.regular import Excerpt, Spans, open_regular, read_excerpt
 from sectorfs.stores.scan import Identity, Look, Names, check_identity, empty_type, look_many
 from sectorfs.stores.settling import Settling
 from sectorfs.stores.space import RawSpace, fs_stat, raw_space, usage_steps
 from sectorfs.types import FileType, SectorFile, StorageID
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SETTLING_LIMIT = 4096
 """Files that may wait for a second look; when more change at once, the type is scanned again."""
@@ -321,11 +324,11 @@ class LocalPath:
         name = self.name_of(file, member)
 
         def call() -> OpenFile:
+            fd, found = open_regular(name)
             try:
-                fd, found, file_system = _open_regular(name, self.file_systems)
-            except FileNotFoundError:
-                if expected:
-                    check_identity(self.path, self.storage)
+                file_system = self.file_systems.local(fd, found.st_dev)
+            except BaseException:
+                os.close(fd)
                 raise
             return OpenFile(
                 descriptor=self.lane.descriptor(fd),
@@ -338,24 +341,34 @@ class LocalPath:
                 file_system=file_system,
             )
 
+        return await self._open(call, name, expected, discard=lambda got: got.close())
+
+    async def excerpt(
+        self, file: SectorFile, member: str | None, spans: Spans, *, expected: bool
+    ) -> Excerpt:
+        """Parts of a regular file; else as `open`."""
+        name = self.name_of(file, member)
+        return await self._open(lambda: read_excerpt(name, spans), name, expected)
+
+    async def _open(
+        self,
+        call: Callable[[], T],
+        name: str,
+        expected: bool,
+        *,
+        discard: Callable[[T], object] | None = None,
+    ) -> T:
+        def checked() -> T:
+            try:
+                return call()
+            except FileNotFoundError:
+                if expected:
+                    check_identity(self.path, self.storage)
+                raise
+
         try:
-            return await self.lane.run(call, what=f"open {name}", discard=lambda got: got.close())
+            return await self.lane.run(checked, what=f"open {name}", discard=discard)
         except StorageUnavailable as exc:
             if type(exc) is not StorageUnavailable:  # else the lane judges whether the disk hangs
                 self.fail(exc)
             raise
-
-
-def _open_regular(name: str, kinds: FileSystems) -> tuple[int, os.stat_result, str]:
-    # O_NONBLOCK: opening a FIFO would wait for a writer. Symbolic links are followed: operators
-    # link sector files to other disks.
-    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise NotFound("is not a regular file", name)
-        os.set_blocking(fd, True)
-        return fd, found, kinds.local(fd, found.st_dev)
-    except BaseException:
-        os.close(fd)
-        raise

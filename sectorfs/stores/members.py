@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import stat
 
+from sectorfs.errors import NotFound
 from sectorfs.index import checks
-from sectorfs.types import parse_member_name
+from sectorfs.types import SectorFile, parse_member_name
 
 MAX_MEMBERS = checks.MAX_MEMBERS
 """Files in one sector directory, as the Index takes them; a real one has fewer than sixty."""
@@ -28,3 +29,14 @@ def member_stat(entry: os.DirEntry[str]) -> os.stat_result | None:
     except (ValueError, FileNotFoundError):
         return None
     return found if stat.S_ISREG(found.st_mode) else None
+
+
+def check_member(file: SectorFile, member: str | None) -> None:
+    """`NotFound` unless the name can be that of a file: no name leads out of its directory."""
+    if file.file_type.is_directory != (member is not None):
+        raise NotFound("is a directory" if member is None else "is not a directory", file)
+    if member is not None:
+        try:
+            parse_member_name(member)
+        except ValueError as exc:
+            raise NotFound(str(exc), file) from exc

@@ -9,6 +9,7 @@ import msgspec
 
 from sectorfs.index.protocol import FsStat
 from sectorfs.stores.lanes import Descriptor, Lane
+from sectorfs.stores.regular import Excerpt, Spans
 from sectorfs.stores.tar_writer import TarMember
 from sectorfs.types import Facts, SectorFile, StorageID
 
@@ -68,6 +69,9 @@ class LocalFiles(Protocol):
 
         `NotFound` when no path here has it, `StorageUnavailable` when its path does not answer.
         """
+
+    async def excerpt(self, file: SectorFile, member: str | None, spans: Spans) -> Excerpt:
+        """Small parts of a file, read in the call that opens it; errors as `open_file`."""
 
     async def open_directory(
         self, file: SectorFile, *, only: Container[str] | None

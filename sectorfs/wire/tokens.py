@@ -131,18 +131,30 @@ def sign(secret: Secret, permissions: Iterable[str], expires_seconds: float | No
     return jwt.encode(claims, secret.key, algorithm=_ALGORITHM)
 
 
-def verify(secret: Secret, token: str) -> frozenset[str]:
-    """The permissions of a token; `Unauthorized` when it does not verify or is expired."""
+class Claims(msgspec.Struct, frozen=True):
+    """What a valid token says."""
+
+    permissions: frozenset[str]
+    expires: float | None
+    """Seconds since the epoch; None for never."""
+
+    def expired(self, now: float) -> bool:
+        """Whether it is valid no more."""
+        return self.expires is not None and now >= self.expires
+
+
+def claims(secret: Secret, token: str) -> Claims:
+    """What a token says; `Unauthorized` when it does not verify or is expired."""
     try:
-        claims = jwt.decode(token, secret.key, algorithms=[_ALGORITHM])
+        found = jwt.decode(token, secret.key, algorithms=[_ALGORITHM])
     except jwt.ExpiredSignatureError as exc:
         raise Unauthorized("the token is expired", "token", "make a new one") from exc
     # ValueError and its kin: PyJWT lets some through for headers that are JSON of a wrong shape.
     except (jwt.PyJWTError, ValueError, TypeError, AttributeError, RecursionError) as exc:
         raise Unauthorized("the token does not verify", "token", _HINT) from exc
-    allow = claims.get("Allow")
+    allow = found.get("Allow")
     if not isinstance(allow, list) or not all(isinstance(name, str) for name in allow):
         raise Unauthorized("the token has no list of permissions", "token", "make a new one")
-    if "admin" in allow:
-        return frozenset(PERMISSIONS)
-    return frozenset(allow)
+    permissions = frozenset(PERMISSIONS if "admin" in allow else allow)
+    # PyJWT has made sure that it is a number, if it is there
+    return Claims(permissions, int(found["exp"]) if "exp" in found else None)
