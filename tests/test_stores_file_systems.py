@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from sectorfs.config import TimeoutsConfig
 from sectorfs.stores import file_systems
-from sectorfs.stores.file_systems import FOREIGN_FOR, FileSystems, local_file_system
+from sectorfs.stores.file_systems import FOREIGN_FOR, FileSystems, local_file_system, open_to_read
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.local_path import LocalPath
 from sectorfs.stores.metadata import init_path
@@ -55,6 +56,42 @@ def test_others_have_none(tmp_path: Path) -> None:
     with hung_disk(tmp_path) as disk:
         assert name_of(disk.path) == ""
     assert name_of(Path("/proc/self/status")) == ""
+
+
+@pytest.mark.mount
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_reading_leaves_no_trace_on_the_disk(tmp_path: Path, kind: str) -> None:
+    if reason := why_not(kind):
+        pytest.skip(reason)
+    with file_system(tmp_path, kind) as root:
+        subprocess.run(["mount", "-o", "remount,strictatime", str(root)], check=True)
+        path = root / "file"
+        path.write_bytes(b"x")
+        os.utime(path, (1, 2))
+        fd = open_to_read(str(path))
+        assert os.pread(fd, 9, 0) == b"x"
+        os.close(fd)
+        assert path.stat().st_atime == 1
+        path.read_bytes()
+        assert path.stat().st_atime != 1
+
+
+def test_a_file_of_somebody_else_is_opened_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+    tried: list[int] = []
+
+    def unprivileged(path: str, flags: int) -> int:
+        tried.append(flags)
+        if flags & os.O_NOATIME:
+            raise PermissionError(1, "not yours")
+        return real(path, flags)
+
+    (tmp_path / "file").write_bytes(b"x")
+    monkeypatch.setattr(os, "open", unprivileged)
+    os.close(open_to_read(str(tmp_path / "file"), os.O_NOFOLLOW))
+    assert [bool(flags & os.O_NOFOLLOW) for flags in tried] == [True, True]
 
 
 def test_a_closed_descriptor_is_an_error() -> None:

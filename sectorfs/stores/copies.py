@@ -50,7 +50,7 @@ from sectorfs.index import content
 from sectorfs.stores import leftovers
 from sectorfs.stores.blocks import DATA_SUFFIX, Identity, PartialFile
 from sectorfs.stores.cache_contents import remove_partials
-from sectorfs.stores.file_systems import FileSystems
+from sectorfs.stores.file_systems import FileSystems, open_to_read
 from sectorfs.stores.lanes import PATIENT_WRITES, Descriptor, Lane
 from sectorfs.stores.leftovers import Leftover
 from sectorfs.stores.protocol import OpenFile
@@ -344,7 +344,7 @@ class Copies:
 
     def _open_matching(self, path: Path, size: int, mtime_ns: int) -> OpenFile | None:
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = open_to_read(str(path), os.O_NOFOLLOW)
         except (FileNotFoundError, NotADirectoryError):
             return None
         try:

@@ -1,8 +1,9 @@
-"""What kind of file system an open file lies on: `fstatfs`, whose answer Python leaves half out.
+"""Sector files opened to be read on the loop, and what kind of file system they lie on.
 
 Only file systems that are known to be local have a name here. A list of those that are not (nfs,
 cifs, ceph, fuse, overlay, …) would never be complete, and a file wrongly taken for local could make
-its reader wait for a network without a deadline.
+its reader wait for a network without a deadline. `fstatfs` tells them apart, which Python lacks:
+its `fstatvfs` leaves the kind out.
 """
 
 from __future__ import annotations
@@ -54,6 +55,19 @@ class FileSystems:
         if not name:
             self._foreign[device] = self._now() + FOREIGN_FOR
         return name
+
+
+def open_to_read(path: str, flags: int = 0) -> int:
+    """A descriptor whose reads of cached bytes never wait for the disk.
+
+    Not even to note the time of the access, which takes a place in the disk's journal: where the
+    file is somebody else's and this process has no privilege, it is noted after all.
+    """
+    flags |= os.O_RDONLY | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | os.O_NOATIME)
+    except PermissionError:
+        return os.open(path, flags)
 
 
 def look_at_directory(path: str) -> tuple[os.stat_result, str]:

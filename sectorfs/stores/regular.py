@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import msgspec
 
 from sectorfs.errors import NotFound
+from sectorfs.stores.file_systems import open_to_read
 
 Spans = Sequence[tuple[int, int]]
 """Offsets and lengths."""
@@ -31,7 +32,7 @@ def open_regular(name: str) -> tuple[int, os.stat_result]:
     """A descriptor to read from; `NotFound` when it is anything else than a regular file."""
     # O_NONBLOCK: opening a FIFO would wait for a writer. Symbolic links are followed: operators
     # link sector files to other disks.
-    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    fd = open_to_read(name, os.O_NONBLOCK)
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
