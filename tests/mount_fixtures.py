@@ -190,6 +190,12 @@ class DirectoryStore:
     def state(self, file: SectorFile) -> State:
         return self.states.get(file, "local")
 
+    def is_streamed(self, file: SectorFile, member: str | None) -> bool:
+        return False
+
+    def present(self, file: SectorFile, member: str | None) -> int | None:
+        return None
+
     async def _open(self, storage: StorageID, path: Path) -> OpenFile:
         lane = self.lanes[storage]
         fd = await lane.run(
@@ -248,6 +254,7 @@ class World:
             config or MountConfig(uid=7, gid=8),
             cutoff=50,
             local_path=self.local_path,
+            is_pinned=lambda file: False,
             filesystem=lambda storage: None,
             local_file_system=self.local_file_system,
             on_stale=self.on_stale,

@@ -12,18 +12,18 @@ from pathlib import Path
 import pytest
 import trio
 
-from sectorfs.config import TimeoutsConfig
+from sectorfs.config import FetchConfig, TimeoutsConfig
 from sectorfs.errors import DiskFull, NoSource, NotFound, StorageUnavailable
 from sectorfs.index.catalog import Catalog
 from sectorfs.index.feed import Feed
 from sectorfs.index.protocol import Declaration, FsStat, LocationKey, StorageInfo
 from sectorfs.server.routes import make_handler
+from sectorfs.stores import carriers, metadata
 from sectorfs.stores import copies as copies_module
-from sectorfs.stores import metadata
 from sectorfs.stores.copies import Copies
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.local import LocalStore
-from sectorfs.stores.protocol import OpenFile
+from sectorfs.stores.protocol import OpenFile, StreamFile
 from sectorfs.stores.remote import RemoteStore
 from sectorfs.stores.transfer import PeerClient
 from sectorfs.types import Facts, FileType, MemberFacts, SectorFile, SectorID, StorageID
@@ -119,6 +119,7 @@ class World:
         self.cache = root / "cache"
         storage = metadata.init_cache_path(str(self.cache)).storage
         self.copies = Copies(self.cache, storage, Lane(str(self.cache), deadline=5))
+        self.fetch = FetchConfig()
         self.store: RemoteStore
 
     async def open(self, nursery: trio.Nursery, client: Client, parallel: int) -> None:
@@ -132,6 +133,7 @@ class World:
             parallel=parallel,
             cutoff=CUTOFF,
             own_urls=frozenset((OWN,)),
+            fetch=self.fetch,
         )
         await self.local.attach(str(self.cache))
         for peer in self.peers.values():
@@ -197,8 +199,9 @@ class World:
         )
 
 
-def read_all(opened: OpenFile) -> bytes:
-    """The bytes of an open file, which is closed."""
+def read_all(opened: OpenFile | StreamFile) -> bytes:
+    """The bytes of an open file on this node, which is closed."""
+    assert isinstance(opened, OpenFile)
     try:
         with opened.descriptor as fd:
             assert os.fstat(fd).st_size == opened.size
@@ -419,7 +422,10 @@ async def test_reader_who_comes_while_a_flight_is_given_up_gets_one_of_its_own(
         assert len(peer.asked) == 2
 
 
-async def test_bound_on_fetches_of_one_storage(tmp_path: Path) -> None:
+async def test_bound_on_fetches_of_one_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(carriers, "READS", 0)
     async with world(tmp_path, parallel=2) as w:
         [peer] = w.peers.values()
         files = [sector_file(number=number) for number in range(6)]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from sectorfs.config import TimeoutsConfig
+from sectorfs.config import FetchConfig, TimeoutsConfig
 from sectorfs.errors import (
     BadInput,
     DiskFull,
@@ -431,6 +431,7 @@ async def reader(root: Path) -> AsyncIterator[Reader]:
             parallel=2,
             cutoff=50,
             own_urls=frozenset({"http://127.0.0.1:8480/remote"}),
+            fetch=FetchConfig(),
         )
         await nursery.start(feed.run)
         yield Reader(store, it.copies, catalog, index)

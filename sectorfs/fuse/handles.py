@@ -9,6 +9,9 @@ Opening proves that the bytes belong to the inode: the name must still stand for
 and the opened file must have the size the inode shows. Otherwise the answer is ESTALE, upon which
 the kernel looks the name up again and opens what it finds then.
 
+Files of other nodes that are read while they come answer for themselves (`StreamFile`); there is no
+descriptor of theirs for the kernel to read past the daemon.
+
 Files on local disks are opened once for all handles of an inode and kept for a while (`backing`);
 any other file is opened for each handle anew, because asking whether it is still the same may wait.
 """
@@ -22,7 +25,7 @@ import os
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import msgspec
 import trio
@@ -34,10 +37,12 @@ from sectorfs.fuse.tree import Listing, Tree
 from sectorfs.index.content import same_mtime
 from sectorfs.metrics import OPEN_FILES
 from sectorfs.stores.lanes import Descriptor
-from sectorfs.stores.protocol import OpenFile, SectorStore
+from sectorfs.stores.protocol import OpenFile, SectorStore, StreamFile
 from sectorfs.types import SectorFile, StorageID
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_READ = 1 << 20
 """Largest read that is tried on the loop, and the most today's kernels ask for."""
@@ -52,12 +57,10 @@ TIDY_SECONDS = 2.0
 
 OnStale = Callable[[SectorFile, str | None, OpenFile], Awaitable[None]]
 """Told that an opened file differs from its declaration; returns once the catalog may know."""
-ReadPath = Literal["passthrough", "daemon"]
-"""Whether the kernel reads a file itself."""
+ReadPath = Literal["passthrough", "daemon", "stream"]
+"""Whether the kernel reads a file itself, the daemon does, or it comes from another node."""
 Invalidate = Callable[[SectorFile, str | None], None]
 """Makes the kernel forget a name; never waits."""
-Interruptible = Callable[[Awaitable[int]], Awaitable[int]]
-"""Ends work whose reader was killed. Only for what waits: it costs a third of a read of 4 KiB."""
 
 
 class _File:
@@ -72,11 +75,28 @@ class _File:
         self.silent_until = -math.inf
 
 
+class _Streamed:
+    __slots__ = ("backing", "number", "opened")
+
+    def __init__(self, number: int, opened: StreamFile) -> None:
+        self.number = number
+        self.opened = opened
+        self.backing = None
+
+
+class Interruptible(Protocol):
+    """Ends work whose reader was killed."""
+
+    def __call__(self, work: Awaitable[T], /) -> Awaitable[T]:
+        """The result of `work`. Only for what waits: it costs a third of a read of 4 KiB."""
+
+
 class OpenCounts(msgspec.Struct, frozen=True):
     """Open files of the mount by the way they are read."""
 
     passthrough: int
     daemon: int
+    stream: int
     kept: int
     """Files that nobody has open, kept open for the next reader."""
 
@@ -102,9 +122,10 @@ class Handles:
         self._on_stale = on_stale
         self._invalidate = invalidate
         self._interruptible = interruptible
-        self._files: dict[int, _File] = {}
+        self._files: dict[int, _File | _Streamed] = {}
         # How often an inode is open on files of one handle each, and so through the daemon.
         self._single: Counter[int] = Counter()
+        self._streamed: Counter[int] = Counter()  # those of them that come from other nodes
         self._directories: dict[int, Listing] = {}
         self._last = 0
         self._shared = bytearray(MAX_READ)
@@ -120,11 +141,13 @@ class Handles:
 
     def counts(self) -> OpenCounts:
         """How the files open now are read."""
-        past = sum(self.passed().values())
-        return OpenCounts(past, self.open_files - past, self.backing.idle)
+        past, stream = sum(self.passed().values()), self._streamed.total()
+        return OpenCounts(past, self.open_files - past - stream, stream, self.backing.idle)
 
     def read_path(self, number: int, storage: StorageID | None, file_system: str) -> ReadPath:
         """How an inode is read, or would be were it opened on a storage now."""
+        if number in self._streamed:
+            return "stream"
         entry = self.backing.get(number)
         if entry is not None and entry.backing_id:
             return "passthrough"
@@ -141,6 +164,26 @@ class Handles:
             if entry.backing_id:
                 counts[entry.opened.storage] += opens
         return counts
+
+    def in_hand(self, storage: StorageID) -> dict[SectorFile, bool]:
+        """Sector files of a storage that are open (True), or kept open for the next reader."""
+        found = dict.fromkeys((entry.key.file for entry in self.backing.kept_of(storage)), False)
+        return found | dict.fromkeys(self._open_of(storage), True)
+
+    def let_go(self, file: SectorFile, storage: StorageID) -> bool:
+        """Close what is only kept open of a sector file; True when nobody has it open there."""
+        self.backing.changed(file)
+        return file not in self._open_of(storage)
+
+    def _open_of(self, storage: StorageID) -> set[SectorFile]:
+        found = {
+            entry.key.file for entry, _ in self.backing.in_use() if entry.opened.storage == storage
+        }
+        for file in self._files.values():
+            key = self._inodes.key(file.number) if file.backing is None else None
+            if key is not None and file.opened.storage == storage:
+                found.add(key.file)
+        return found
 
     async def keep_tidy(self) -> None:
         """Close files that were kept long enough; until cancelled."""
@@ -174,18 +217,23 @@ class Handles:
             self._inodes.unpin(number)
             raise
 
-    def _admit(self, number: int, key: InodeKey, opened: OpenFile) -> int:
+    def _admit(self, number: int, key: InodeKey, opened: OpenFile | StreamFile) -> int:
         """Give a proved file to the inode; takes it and the inode's pin over unless it raises."""
         entry = self.backing.get(number)
         if entry is not None:
-            if entry.confirm(opened):  # somebody else opened it meanwhile, or its times changed
+            if isinstance(opened, OpenFile) and entry.confirm(opened):
+                # Somebody else opened it meanwhile, or its times changed.
                 opened.close()
                 self._inodes.unpin(number)
                 self.backing.acquire(entry, daemon=number in self._single)
                 return entry.handle
             self._part(entry)
         handle = self._next()
-        if opened.file_system:
+        if not isinstance(opened, OpenFile):
+            self._single[number] += 1
+            self._streamed[number] += 1
+            self._files[handle] = _Streamed(number, opened)
+        elif opened.file_system:
             entry = self.backing.add(number, key, handle, opened, daemon=number in self._single)
             self._files[handle] = _File(number, opened, entry)
         else:
@@ -216,6 +264,11 @@ class Handles:
         fresh megabyte per read halves the rate: the kernel has to find and clear 256 pages.)
         """
         file = self._file(handle)
+        if isinstance(file, _Streamed):
+            data = file.opened.read_nowait(offset, size)
+            if data is None:
+                data = await self._interruptible(file.opened.read(offset, size))
+            return data
         want = min(size, file.opened.size - offset)
         if want <= 0 or offset < 0:
             return b""
@@ -247,9 +300,9 @@ class Handles:
             self.backing.release(entry)
             return
         del self._files[handle]
-        self._single[file.number] -= 1
-        if not self._single[file.number]:
-            del self._single[file.number]
+        _count_down(self._single, file.number)
+        if isinstance(file, _Streamed):
+            _count_down(self._streamed, file.number)
         self._inodes.unpin(file.number)
         file.opened.close()
 
@@ -305,19 +358,21 @@ class Handles:
         self._last += 1
         return self._last
 
-    def _file(self, handle: int) -> _File:
+    def _file(self, handle: int) -> _File | _Streamed:
         try:
             return self._files[handle]
         except KeyError:
             raise BadInput("no such file handle", handle) from None
 
-    async def _prove(self, key: InodeKey, opened: OpenFile) -> None:
+    async def _prove(self, key: InodeKey, opened: OpenFile | StreamFile) -> None:
         """Return when the opened bytes are the inode's content, else raise `Stale`."""
         if self._tree.current(key.file, key.member) == key:
             if self._same(key, opened):
                 return
-            log.info("%s: content differs from its declaration in %s", key.file, opened.storage)
-            await self._report(key, opened)
+            if isinstance(opened, OpenFile):
+                where = opened.storage
+                log.info("%s: content differs from its declaration in %s", key.file, where)
+                await self._report(key, opened)
         self._invalidate(key.file, key.member)
         raise Stale("content changed", key.file, "open the file again")
 
@@ -328,7 +383,7 @@ class Handles:
         except SectorFSError as exc:
             log.warning("%s: changed content could not be declared: %s", key.file, exc)
 
-    def _same(self, key: InodeKey, opened: OpenFile) -> bool:
+    def _same(self, key: InodeKey, opened: OpenFile | StreamFile) -> bool:
         if key.content == Content(opened.size, opened.mtime_ns):
             return True  # whatever was last heard of this copy: it may be a fresh one
         if key.content is None or key.content.size != opened.size:
@@ -351,6 +406,12 @@ class Handles:
                 raise from_os(exc, "read", file.opened.path) from exc
             file.nowait = False
             return 0
+
+
+def _count_down(counts: Counter[int], number: int) -> None:
+    counts[number] -= 1
+    if not counts[number]:
+        del counts[number]
 
 
 def _read_rest(descriptor: Descriptor, buffer: bytearray, offset: int, have: int) -> int:

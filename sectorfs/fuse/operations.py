@@ -128,6 +128,7 @@ class SectorOperations(pyfuse3.Operations):
         *,
         cutoff: float,
         local_path: xattrs.LocalPath,
+        is_pinned: Callable[[SectorFile], bool],
         filesystem: Callable[[StorageID], Hashable | None],
         local_file_system: Callable[[StorageID], str],
         on_stale: OnStale,
@@ -138,6 +139,7 @@ class SectorOperations(pyfuse3.Operations):
         self._config = config
         self._cutoff = cutoff
         self._local_path = local_path
+        self._is_pinned = is_pinned
         self._filesystem = filesystem
         self._local_file_system = local_file_system
         self._policy = Policy(config.passthrough, config.passthrough_storages)
@@ -327,10 +329,22 @@ class SectorOperations(pyfuse3.Operations):
             now=trio.current_time(),
             cutoff=self._cutoff,
         )
-        subject = xattrs.Subject(file, self._store.state(file), copies)
+        key = self.inodes.key(number)
+        member = key.member if key is not None else None
+        size = key.content.size if key is not None and key.content is not None else 0
+        present = self._store.present(file, member)
+        subject = xattrs.Subject(
+            file,
+            self._store.state(file),
+            copies,
+            size=size,
+            present=present,
+            pinned=self._is_pinned(file),
+        )
         copy = subject.preferred
         if copy is None or copy.path is None:
-            return subject
+            streams = present is not None or self._store.is_streamed(file, member)
+            return msgspec.structs.replace(subject, read_path="stream" if streams else "daemon")
         storage = parse_storage_id(copy.storage)
         kind = self._local_file_system(storage)
         read_path = self.handles.read_path(number, storage, kind)

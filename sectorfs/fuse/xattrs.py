@@ -42,6 +42,10 @@ class Subject(msgspec.Struct, frozen=True):
     state: State
     locations: tuple[Location, ...]
     read_path: str = "daemon"
+    pinned: bool = False
+    size: int = 0
+    present: int | None = None
+    """Bytes that are here of a file that is open or coming from another node."""
 
     @property
     def preferred(self) -> Location | None:
@@ -105,6 +109,8 @@ def _verified(subject: Subject) -> str:
 def _progress(subject: Subject) -> str | None:
     if subject.state in ("local", "shared", "cached"):
         return "100"
+    if subject.present is not None:
+        return str(subject.present * 100 // max(1, subject.size))
     return "0" if subject.state in ("remote", "unavailable") else None
 
 
@@ -123,5 +129,5 @@ _VALUES: dict[str, Callable[[Subject], str | bytes | None]] = {
     "verified": _verified,
     "digest": _none,
     "progress": _progress,
-    "pinned": lambda subject: "0",
+    "pinned": lambda subject: "1" if subject.pinned else "0",
 }

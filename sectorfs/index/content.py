@@ -66,6 +66,15 @@ def same_mtime(one: int, other: int) -> bool:
     return whole and one // _SECOND == other // _SECOND
 
 
+def facts_of(facts: Facts | None, member: str | None) -> MemberFacts | None:
+    """Size and time of a regular file; None when nobody said, or there is none of that name."""
+    if facts is None:
+        return None
+    if member is not None:
+        return facts.member(member)
+    return MemberFacts("", facts.size, facts.mtime_ns)
+
+
 def _serves(declaration: Declaration, facts: Facts | None) -> bool:
     if facts is None or declaration.facts is None:
         return True

@@ -12,12 +12,14 @@ import msgspec
 from sectorfs import __version__
 from sectorfs.config import Config
 from sectorfs.errors import Unreachable
+from sectorfs.fuse.handles import Handles
 from sectorfs.fuse.operations import Mount, SectorOperations
 from sectorfs.index.catalog import Catalog, FileChange
 from sectorfs.index.feed import Feed
 from sectorfs.node import reports
 from sectorfs.node.admin import LocalAdmin
 from sectorfs.node.repo import Repo
+from sectorfs.stores.cache import CacheKeeper
 from sectorfs.stores.local import LocalStore
 from sectorfs.stores.remote import RemoteStore
 from sectorfs.types import StorageID
@@ -38,6 +40,7 @@ class Node:
         feed: Feed,
         local: LocalStore,
         store: RemoteStore,
+        keeper: CacheKeeper,
         admin: LocalAdmin,
     ) -> None:
         self.repo = repo
@@ -47,9 +50,15 @@ class Node:
         self.feed = feed
         self.local = local
         self.store = store
+        self.keeper = keeper
         self.admin = admin
         self.operations: SectorOperations | None = None
         self.mount: Mount | None = None
+
+    @property
+    def handles(self) -> Handles | None:
+        """What the mount has open; None where there is none."""
+        return self.operations.handles if self.operations is not None else None
 
     def on_change(self, changes: Sequence[FileChange]) -> None:
         """The catalog changed: tell the kernel."""
@@ -75,6 +84,8 @@ class Node:
             away = f"the Index at {self.config.index.url} does not answer"
             problems.append(self.remark or away)
         problems += self._waiting_with_their_disk()
+        if self.keeper.trouble:
+            problems.append(f"the cache path: {self.keeper.trouble}")
         return reports.StatusReport(
             running=True,
             version=__version__,
@@ -121,10 +132,10 @@ class Node:
             return reports.FilesReport(open=0, passthrough=0, daemon=0, stream=0)
         counts = self.operations.handles.counts()
         return reports.FilesReport(
-            open=counts.passthrough + counts.daemon,
+            open=counts.passthrough + counts.daemon + counts.stream,
             passthrough=counts.passthrough,
             daemon=counts.daemon,
-            stream=0,
+            stream=counts.stream,
             kept=counts.kept,
         )
 

@@ -63,8 +63,10 @@ class Arrivals:
         self._nowait = True  # until the file system says that it knows no RWF_NOWAIT
         self._writing = False
         self._syncing = False
+        self.on_whole: Callable[[], object] = lambda: None
+        """Called when the last byte is on disk."""
         self.on_change: Callable[[], object] = lambda: None
-        """Called when the last byte is on disk, and when bytes were lost."""
+        """Called then, and when bytes were lost."""
         self.needed: Callable[[int, int], bool] = lambda start, end: False
         """True of bytes that somebody waits for: they are not let go."""
 
@@ -94,6 +96,8 @@ class Arrivals:
             self._there.add(start, end)
         if self._fresh:
             self._write_behind()
+        else:
+            self._after_write()
 
     def came(self, offset: int, data: bytes) -> None:
         """Bytes came into memory."""
@@ -229,6 +233,7 @@ class Arrivals:
         if kept is None:
             return
         if kept.is_whole:
+            self.on_whole()
             self.on_change()
         elif kept.unsynced >= SYNC_EVERY and not self._syncing:
             self._syncing = True

@@ -12,7 +12,7 @@ Layout, beside the ordinary one of a storage path::
 Order of a commit, so that a crash at any point leaves either no copy or a whole one: bytes, times,
 fsync, rename, fsync of the directory; only then may the copy be declared. A directory is renamed
 into place when all its files are there. What is left below ``fetching`` at start stays as far as it
-can be gone on with (`leftovers`), until the catalog tells that nobody has it any more. Only the
+can be gone on with (`unfinished`), until the catalog tells that nobody has it any more. Only the
 cache path is ever written here, never an operator's path.
 
 Every write is bounded in time; a thread that hangs in one is left behind, and puts nothing into
@@ -47,15 +47,15 @@ from sectorfs.errors import (
     StorageUnavailable,
 )
 from sectorfs.index import content
-from sectorfs.stores import leftovers
+from sectorfs.stores import unfinished
 from sectorfs.stores.blocks import DATA_SUFFIX, Identity, PartialFile
 from sectorfs.stores.cache_contents import remove_partials
 from sectorfs.stores.file_systems import FileSystems, open_to_read
 from sectorfs.stores.lanes import PATIENT_WRITES, Descriptor, Lane
-from sectorfs.stores.leftovers import Leftover
 from sectorfs.stores.protocol import OpenFile
 from sectorfs.stores.scan import PathLost, check_identity
 from sectorfs.stores.space import BLOCK
+from sectorfs.stores.unfinished import Leftover
 from sectorfs.stores.wanted import Wanted
 from sectorfs.types import Facts, MemberFacts, SectorFile, StorageID
 
@@ -90,7 +90,7 @@ class Copies:
         self.lane = lane
         self._file_systems = FileSystems()
         self._leftovers: list[Leftover] = []
-        self._partials: set[tuple[SectorFile, str | None]] = set()
+        self._partials: dict[SectorFile, set[str | None]] = {}
         self._cleared = trio.Event()
         self._cleared.set()
 
@@ -109,7 +109,8 @@ class Copies:
             self._leftovers, removed = await patient.run(
                 self._clear_leftovers, what="clear unfinished fetches"
             )
-            self._partials = {(one.file, one.member) for one in self._leftovers}
+            for one in self._leftovers:
+                self._partials.setdefault(one.file, set()).add(one.member)
         except SectorFSError as exc:
             log.warning("unfinished fetches stay: %s", exc)
             return 0
@@ -121,16 +122,12 @@ class Copies:
 
     async def settle_leftovers(self, current: Callable[[SectorFile], Facts | None]) -> int:
         """Remove what stayed of an earlier run and is of no present content; how much it was."""
-        lost = [
-            one
-            for one in self._leftovers
-            if (one.file, one.member) in self._partials and not one.is_of(current(one.file))
-        ]
+        lost = [one for one in self._leftovers if not one.is_of(current(one.file))]
         self._leftovers = []
         for one in lost:
-            self._partials.discard((one.file, one.member))
+            self._forget_partial(one.file, one.member)
             try:
-                await self.lane.run(bound(leftovers.remove, one), what=f"remove {one.path}")
+                await self.lane.run(bound(unfinished.remove, one), what=f"remove {one.path}")
             except SectorFSError as exc:
                 log.warning("%s stays: %s", one.path, exc)
             else:
@@ -144,13 +141,16 @@ class Copies:
         await self._require_cleared()
         self.refuse_hung_disk()
         folder, name = self._partial_place(file, member)
+        self._leftovers = [
+            one for one in self._leftovers if (one.file, one.member) != (file, member)
+        ]
         with _own_trouble():
             await self.lane.run(
                 lambda: self._check_room(identity.size, folder / f"{name}{DATA_SUFFIX}"),
                 what=f"begin copy of {file}",
             )
             kept = await PartialFile.open(self.lane, folder, name, identity)
-        self._partials.add((file, member))
+        self._partials.setdefault(file, set()).add(member)
         return kept
 
     async def finish(self, kept: PartialFile, file: SectorFile, member: str | None) -> None:
@@ -158,19 +158,45 @@ class Copies:
         target = self._final(file) if member is None else self._fetching(file) / member
         with _own_trouble():
             await kept.finish(target)
-        self._partials.discard((file, member))
+        self._forget_partial(file, member)
 
     async def remove_partials(self, file: SectorFile) -> int:
         """Delete what came of a file that is not whole; the bytes that gives."""
         freed = await self.lane.finish(
             lambda: remove_partials(self.root, self.storage, file), what=f"remove parts of {file}"
         )
-        self._partials = {one for one in self._partials if one[0] != file}
+        self._partials.pop(file, None)
         return freed
 
     def has_partial(self, file: SectorFile, member: str | None) -> bool:
         """True for what came in part, in this run or an earlier one."""
-        return (file, member) in self._partials
+        return member in self._partials.get(file, ())
+
+    def begun(self) -> tuple[SectorFile, ...]:
+        """The sector files that came in part."""
+        return tuple(self._partials)
+
+    async def begun_bytes(self, file: SectorFile, member: str | None) -> int:
+        """Bytes on disk of what came in part; 0 where nothing did."""
+        if not self.has_partial(file, member):
+            return 0
+        folder, name = self._partial_place(file, member)
+        path = folder / f"{name}{DATA_SUFFIX}"
+        try:
+            found = await self.lane.run(path.lstat, what=f"look at parts of {file}")
+        except NotFound:
+            return 0
+        return found.st_blocks * BLOCK
+
+    def is_begun(self, file: SectorFile) -> bool:
+        """True when that, or a file of that directory, came in part."""
+        return file in self._partials
+
+    def _forget_partial(self, file: SectorFile, member: str | None) -> None:
+        members = self._partials.get(file, set())
+        members.discard(member)
+        if not members:
+            self._partials.pop(file, None)
 
     async def open(
         self, file: SectorFile, member: str | None, *, size: int, mtime_ns: int
@@ -411,7 +437,7 @@ class Copies:
 
     def _clear_leftovers(self) -> tuple[list[Leftover], int]:
         check_identity(str(self.root), self.storage)
-        return leftovers.clear(self.root)
+        return unfinished.clear(self.root)
 
 
 def _throw_away(late: Partial) -> None:

@@ -39,6 +39,39 @@ class OpenFile(msgspec.Struct, frozen=True, kw_only=True):
         self.descriptor.close()
 
 
+class StreamFile(Protocol):
+    """An open regular file of another node, read while it comes. Whoever got it closes it."""
+
+    @property
+    def size(self) -> int:
+        """Bytes, as declared when it was opened."""
+
+    @property
+    def mtime_ns(self) -> int:
+        """As declared when it was opened."""
+
+    @property
+    def storage(self) -> StorageID:
+        """Where it comes from now."""
+
+    @property
+    def path(self) -> str:
+        """Its URL there."""
+
+    def read_nowait(self, offset: int, size: int) -> bytes | memoryview | None:
+        """As `read` does, None when that would have to wait."""
+
+    async def read(self, offset: int, size: int) -> bytes | memoryview:
+        """Bytes at `offset`, fewer than `size` only at the end of the file.
+
+        `Stale` when its content is nowhere any more, `NoSource` when nobody can give it now. A view
+        is good until the caller's next `await`.
+        """
+
+    def close(self) -> None:
+        """Leave; its bytes may go on coming for others."""
+
+
 class SectorDirectory(Protocol):
     """An open sector directory: one content on one storage, whatever takes its place meanwhile."""
 
@@ -88,8 +121,8 @@ class LocalFiles(Protocol):
 class SectorStore(Protocol):
     """Every sector file of the cluster, opened wherever it lies."""
 
-    async def open(self, file: SectorFile, member: str | None = None) -> OpenFile:
-        """Open a copy: a local one, or a whole copy fetched first.
+    async def open(self, file: SectorFile, member: str | None = None) -> OpenFile | StreamFile:
+        """Open a copy: a local one, one that is read while it comes, or a whole one fetched first.
 
         `NotFound` when nobody declares it, `NoSource` (with every cause) when nobody can give it.
         """
@@ -102,3 +135,9 @@ class SectorStore(Protocol):
 
     def state(self, file: SectorFile) -> State:
         """Where a sector file is now."""
+
+    def is_streamed(self, file: SectorFile, member: str | None) -> bool:
+        """Whether a file is read while it comes, where it is not here."""
+
+    def present(self, file: SectorFile, member: str | None) -> int | None:
+        """Bytes that are here of a file that is open or coming from elsewhere; None of others."""

@@ -1,97 +1,65 @@
-"""Every sector file of the cluster: opened in place when it is here, fetched whole when it is not.
+"""Every sector file of the cluster: opened in place when it is here, read while it comes when not.
 
 `open` reads the catalog (never the Index), ranks the sources and takes the first that works. What
-only peers hold is fetched into the cache path: one *flight* per file, whoever asks for it; the
-flight lives in the node's nursery, ends early when nobody waits for it any more, and tries source
-after source on any failure. A sector directory is fetched file by file as its files are opened, so
-that a 64-byte ``p_aux`` never waits for the layers beside it; it becomes a declared copy when all
-files are here (`announcer`). Nodes of other programs do not know single files: when no other source
-has the file, the whole directory is fetched from them, in a flight of its own that all its files
-wait for together.
+only peers hold is streamed (`streams`), or fetched whole first (`flights`): small files, those that
+the configuration says so of, and those of nodes that know no ranges or told no sizes. As long as
+somebody has a streamed file open, everybody reads it that way: an inode has one way to be read.
 
-Bounds: `parallel` fetches at a time from one storage, twice that from one peer and four times that
-on the node, so that a disk of a peer, or a whole peer, that hangs leaves room for the others; files
-up to `SMALL` have places of their own and never queue behind bulk. Whoever queued for a source that
-meanwhile fell silent does not ask it any more: a hundred readers of it wait for one deadline.
+A sector directory comes file by file as its files are opened, so that a 64-byte ``p_aux`` never
+waits for the layers beside it; it becomes a declared copy when all files are here (`announcer`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Sequence
 
-import msgspec
 import trio
 
-from sectorfs import metrics
+from sectorfs.config import FetchConfig
 from sectorfs.errors import (
     DiskError,
-    DiskFull,
+    NoRanges,
     NoSource,
     NotFound,
-    PermissionRefused,
-    Refused,
     SectorFSError,
     SourceFailed,
+    Stale,
     StorageUnavailable,
     Unreachable,
 )
 from sectorfs.index.catalog import Catalog, Entry
+from sectorfs.index.content import facts_of
 from sectorfs.index.protocol import SectorIndex
-from sectorfs.stores import sources
 from sectorfs.stores.announcer import Announcer
-from sectorfs.stores.archives import CacheSink, fetch_directory
+from sectorfs.stores.cache import CacheKeeper
+from sectorfs.stores.cache_room import CacheRoom
+from sectorfs.stores.carriers import PeerCarrier, Places
 from sectorfs.stores.copies import Copies
+from sectorfs.stores.fetch_rules import is_streamed, may_fill
+from sectorfs.stores.flights import Fetch, Flights
 from sectorfs.stores.local import LocalStore
-from sectorfs.stores.protocol import OpenFile, State
-from sectorfs.stores.reservation import Claim
+from sectorfs.stores.prospects import Prospect
+from sectorfs.stores.protocol import OpenFile, State, StreamFile
+from sectorfs.stores.ranking import Ranking
+from sectorfs.stores.sources import PeerSource
 from sectorfs.stores.space_ledger import SpaceLedger
-from sectorfs.stores.transfer import PeerClient
-from sectorfs.stores.writing import SteadyWrites
-from sectorfs.types import Facts, MemberFacts, SectorFile, StorageID
+from sectorfs.stores.streams import Streams, Surroundings, Wanted
+from sectorfs.stores.transfer import PeerClient, Version
+from sectorfs.types import Facts, MemberFacts, SectorFile
 
 log = logging.getLogger(__name__)
 
-SMALL = 4 << 20
-"""Bytes up to which a fetch counts as small."""
-PEER_FACTOR = 2
-"""The bound on fetches per peer is this many times the bound per storage."""
-NODE_FACTOR = 4
-"""The same for the node."""
 ROUNDS = 3
-"""How often an open fetches again when the copy is gone, or another content declared, meanwhile."""
+"""How often an open tries again when the copy is gone, or another content declared, meanwhile."""
 LEARNED = 4096
 """Sector files whose facts are remembered until the Index tells them too."""
 LEARN_SECONDS = 5.0
 """For so long what came may take to be in the catalog."""
 LEARN_STEP = 0.02
-FAILING_SECONDS = 15.0
-"""For so long a peer that failed is tried last."""
 
-
-class Fetch(msgspec.Struct):
-    """A flight as `status` shows it."""
-
-    file: SectorFile
-    member: str | None
-    size: int
-    done: int = 0
-    source: str = ""
-
-
-class _Flight:
-    """One fetch, and those who wait for it."""
-
-    def __init__(self, file: SectorFile, member: str | None) -> None:
-        self.fetch = Fetch(file, member, 0)
-        self.waiters = 0
-        self.scope = trio.CancelScope()
-        self.finished = trio.Event()
-        self.causes: list[SectorFSError] | None = None
-        """None unless every source failed."""
-        self.facts: Facts | None = None
-        """Those of the sector file whose bytes have come."""
+Progress = Callable[[int], object]
+"""Told how many bytes of a sector file are here."""
 
 
 class RemoteStore:
@@ -109,31 +77,48 @@ class RemoteStore:
         parallel: int,
         cutoff: float,
         own_urls: frozenset[str],
+        fetch: FetchConfig,
         space: SpaceLedger | None = None,
-        now: Callable[[], float] = trio.current_time,
+        keeper: CacheKeeper | None = None,
     ) -> None:
-        self._space = space
-        self._nursery = nursery
         self._catalog = catalog
         self._local = local
         self._peers = peers
         self._copies = copies
-        self._parallel = parallel
-        self._cutoff = cutoff
-        self._own_urls = own_urls
-        self._now = now
-        self._flights: dict[tuple[SectorFile, str | None], _Flight] = {}
-        self._places: dict[tuple[str, bool], trio.CapacityLimiter] = {}
-        self._failed_at: dict[str, float] = {}
-        self._silent_at: dict[sources.PeerSource, float] = {}
+        self._policy = fetch.policy_of
+        self._ranking = Ranking(catalog, local, peers, own_urls=own_urls, cutoff=cutoff)
+        self._places = Places(parallel)
         self._learned: dict[SectorFile, Facts] = {}
+        self._keeper = keeper
+        room = CacheRoom(copies, local, space, keeper)
         self._announcer = Announcer(
             nursery, index, copies, busy=self._is_arriving, current=self._facts
+        )
+        self._flights = Flights(
+            nursery=nursery,
+            catalog=catalog,
+            ranking=self._ranking,
+            peers=peers,
+            places=self._places,
+            copies=copies,
+            room=room,
+            landed=self._landed,
+        )
+        self._streams = Streams(
+            nursery,
+            copies,
+            Surroundings(
+                carrier=self._carrier,
+                sources=self._peers_with,
+                failed=self._ranking.failed,
+                reserve=room.reserve,
+                whole=self._landed,
+            ),
         )
 
     # --- what the mount asks ---
 
-    async def open(self, file: SectorFile, member: str | None = None) -> OpenFile:
+    async def open(self, file: SectorFile, member: str | None = None) -> OpenFile | StreamFile:
         """Open the best copy that works; see `SectorStore.open`."""
         entry = self._catalog.entry(file)
         if entry is None:
@@ -142,17 +127,22 @@ class RemoteStore:
             raise NotFound("is a directory" if member is None else "is not a directory", file)
         if member is not None and entry.facts and entry.facts.member(member) is None:
             raise NotFound(f"has no file {member!r}", file)
+        facts = entry.facts or self._learned.get(file)
+        self._note_use(file, entry)
+        streamed = self._streamed(file, member, facts)
+        if streamed is not None and self._streams.is_open(streamed):
+            return await self._streams.open(streamed)
         causes: list[SectorFSError] = []
-        here, elsewhere = self._rank(entry)
+        here, elsewhere = self._ranking.of(entry)
         for source in here:
             try:
                 return await self._local.open_at(source.storage, file, member)
             except SectorFSError as exc:
                 log.warning("%s: copy on storage %s cannot be read: %s", file, source.storage, exc)
+                self._ranking.failed_here(source.storage, exc)
                 causes.append(exc)
         if elsewhere:
-            facts = entry.facts or self._learned.get(file)
-            return await self._open_fetched(file, member, facts, causes)
+            return await self._open_elsewhere(file, member, facts, causes)
         raise self._no_source(file, member, causes)
 
     async def learn(self, file: SectorFile) -> None:
@@ -164,7 +154,7 @@ class RemoteStore:
         if known is not None and await self._is_here(file, known):
             self._announcer.add(file, known)  # the Index may have been away the first time
         else:
-            flight = await self._fly(file, None)
+            flight = await self._flights.fly(file, None)
             if flight.causes is not None:
                 raise self._no_source(file, None, flight.causes)
         with trio.move_on_after(LEARN_SECONDS):
@@ -178,94 +168,202 @@ class RemoteStore:
         entry = self._catalog.entry(file)
         if entry is None:
             return "unavailable"
-        here, elsewhere = self._rank(entry)
+        here, elsewhere = self._ranking.of(entry)
         for source in here:
             if source.storage != self._copies.storage:
                 return "shared" if source.shared else "local"
         if here:
             return "cached"
-        if self._is_arriving(file):
+        if self.is_busy(file) or self._copies.is_begun(file):
             return "partial"
-        healthy = any(self._healthy(source.storage) for source in elsewhere)
+        healthy = any(self._ranking.healthy(source.storage) for source in elsewhere)
         return "remote" if healthy else "unavailable"
 
+    def is_streamed(self, file: SectorFile, member: str | None) -> bool:
+        """Whether a file is read while it comes, where it is not here."""
+        return self._streamed(file, member, self._facts(file)) is not None
+
+    def present(self, file: SectorFile, member: str | None) -> int | None:
+        """Bytes that are here of a file that is open or coming from elsewhere; None of others."""
+        return self._streams.present(file, member)
+
+    # --- what operators ask ---
+
+    def prospects(self, file: SectorFile) -> list[Prospect]:
+        """Every copy, those that `open` would try first in front, and what speaks against it."""
+        entry = self._catalog.entry(file)
+        return self._ranking.prospects(entry, self._places.reason) if entry is not None else []
+
+    async def fetch(self, file: SectorFile, *, progress: Progress | None = None) -> None:
+        """Make a whole copy of a sector file, and wait for it; nothing to do where it is here."""
+        entry = self._catalog.entry(file)
+        if entry is None:
+            raise NotFound("no storage declares it", file, "see `sectorfs storage find`")
+        if self._ranking.of(entry)[0]:
+            return
+        facts = entry.facts or self._learned.get(file)
+        if facts is None:
+            await self._fetch_whole(file, None)
+            return
+        before = 0
+        for one in facts.members if facts.members is not None else (_only(facts),):
+
+            def tell(present: int, before: int = before) -> None:
+                if progress is not None:
+                    progress(before + present)
+
+            await self._fetch_one(file, one.name or None, facts, tell)
+            tell(one.size)
+            before += one.size
+
     def fetches(self) -> list[Fetch]:
-        """Flights under way."""
-        return [flight.fetch for flight in self._flights.values()]
+        """Copies that are being made."""
+        found = self._flights.fetches()
+        for session in self._streams.filling():
+            wanted, source = session.wanted, session.stream.source
+            url = source.url if source is not None else ""
+            found.append(Fetch(wanted.file, wanted.member, wanted.size, session.done, url))
+        return found
+
+    def is_busy(self, file: SectorFile) -> bool:
+        """True while a file, or one of that directory, is coming or open from elsewhere."""
+        return self._flights.has(file) or self._streams.has(file)
+
+    async def _fetch_one(
+        self,
+        file: SectorFile,
+        member: str | None,
+        facts: Facts,
+        progress: Callable[[int], object],
+    ) -> None:
+        copy = await self._open_copy(file, member, facts_of(facts, member))
+        if copy is not None:
+            copy.close()
+            self._landed(file, facts)
+            return
+        streamed = self._streamed(file, member, facts)
+        if streamed is not None:
+            try:
+                await self._streams.fetch(streamed, progress)
+            except NoSource as exc:
+                if not _only_whole(exc, member):
+                    raise
+            else:
+                return
+        await self._fetch_whole(file, member)
+
+    async def _fetch_whole(self, file: SectorFile, member: str | None) -> None:
+        flight = await self._flights.fly(file, member)
+        if flight.causes is not None:
+            raise self._no_source(file, member, flight.causes)
+
+    def _note_use(self, file: SectorFile, entry: Entry) -> None:
+        """What is in the cache path, whole or in part, is worth keeping while it is read."""
+        storage = self._copies.storage
+        held = any(one.storage == storage for one in entry.declarations)
+        if self._keeper is not None and (held or self._copies.is_begun(file)):
+            self._keeper.used(file)
+
+    # --- what came ---
+
+    async def settle(self) -> None:
+        """Once the catalog is there: judge what an earlier run left in the cache path."""
+        await self._copies.settle_leftovers(self._facts)
+        for file in self._copies.begun():
+            facts = self._facts(file)
+            if facts is not None and file.file_type.is_directory:
+                self._announcer.add(file, facts)  # its last file may have come just before the end
+
+    def _landed(self, file: SectorFile, facts: Facts) -> None:
+        """Remember what came until the catalog says it too, so that it is not fetched again."""
+        self._learned.pop(file, None)
+        while len(self._learned) >= LEARNED:
+            del self._learned[next(iter(self._learned))]
+        self._learned[file] = facts
+        self._announcer.add(file, facts)
 
     async def _is_here(self, file: SectorFile, facts: Facts) -> bool:
         """Whether a fetched directory still lies in the cache path."""
         return await self._copies.exists(file) or await self._copies.is_received(file, facts)
 
     def _is_arriving(self, file: SectorFile) -> bool:
-        return any(key[0] == file for key in self._flights)
-
-    def _learn(self, file: SectorFile, facts: Facts) -> None:
-        """Remember what came until the catalog says it too, so that it is not fetched again."""
-        self._learned.pop(file, None)
-        while len(self._learned) >= LEARNED:
-            del self._learned[next(iter(self._learned))]
-        self._learned[file] = facts
+        """Whether the end of something that comes will ask the announcer again."""
+        return self._flights.has(file) or self._streams.is_filling(file)
 
     def _facts(self, file: SectorFile) -> Facts | None:
         entry = self._catalog.entry(file)
         return entry.facts if entry else None
 
-    # --- ranking ---
+    # --- what only peers hold ---
 
-    def _rank(self, entry: Entry) -> tuple[list[sources.LocalSource], list[sources.PeerSource]]:
-        now = self._now()
-        view = sources.View(
-            here=frozenset(path.storage for path in self._local.paths() if path.available),
-            own_urls=self._own_urls,
-            storage=self._catalog.storage,
-            healthy=self._healthy,
-            latency=self._peers.latency,
-            failing=lambda url: now - self._failed_at.get(url, -FAILING_SECONDS) < FAILING_SECONDS,
-        )
-        return sources.rank(entry.declarations, view)
-
-    def _healthy(self, storage: StorageID) -> bool:
-        return self._catalog.healthy(storage, self._now(), self._cutoff)
-
-    # --- flights ---
-
-    async def _open_fetched(
+    async def _open_elsewhere(
         self,
         file: SectorFile,
         member: str | None,
         facts: Facts | None,
         causes: list[SectorFSError],
-    ) -> OpenFile:
-        wanted = _wanted(facts, member)
+    ) -> OpenFile | StreamFile:
         for _ in range(ROUNDS):
+            wanted, came = facts_of(facts, member), None
+            streamed = self._streamed(file, member, facts)
             try:
-                copy = await self._open_copy(file, member, wanted)
-                if copy is not None:
-                    return copy
-                flight = await self._fly(file, member)
-                if flight.causes is not None:
-                    # A directory may have come in part, and the part may be what was asked for.
-                    copy = await self._open_copy(file, member, wanted) if member else None
-                    if copy is not None:
-                        return copy
-                    if self._wanted_now(file, member) in (wanted, None):
-                        raise self._no_source(file, member, [*causes, *flight.causes])
-                    # Replaced meanwhile, which is why: fetch what it is now.
+                opened = await self._open_streamed(streamed) if streamed is not None else None
+                if opened is None:
+                    opened, came = await self._open_whole(file, member, wanted)
+                if opened is not None:
+                    return opened
+            except (NoSource, Stale) as exc:
+                if facts_of(self._facts(file), member) in (wanted, None):
+                    if isinstance(exc, Stale):
+                        raise
+                    raise self._no_source(file, member, [*causes, *exc.causes]) from exc
+                # Replaced meanwhile, which is why: open what it is now.
             except (DiskError, StorageUnavailable) as exc:
                 raise self._no_source(file, member, [*causes, exc]) from exc
             entry = self._catalog.entry(file)
             if entry is None:
                 raise NotFound("no storage declares it any more", file)
             # Nodes of other programs never say size and time: then what came tells.
-            wanted = _wanted(entry.facts or flight.facts, member)
-            if wanted is None:
+            facts = entry.facts or came
+            if facts_of(facts, member) is None:
                 raise NotFound(f"has no file {member!r}", file)
         causes.append(SourceFailed("its copy vanished as often as it was fetched", file))
         raise self._no_source(file, member, causes)
 
-    def _wanted_now(self, file: SectorFile, member: str | None) -> MemberFacts | None:
-        return _wanted(self._facts(file), member)
+    async def _open_streamed(self, wanted: Wanted) -> OpenFile | StreamFile | None:
+        """Open a large file, of which there may be a copy that was not told of yet.
+
+        None when no source can give less than all of it.
+        """
+        file, member = wanted.file, wanted.member
+        if member is not None or file in self._learned:
+            try:
+                copy = await self._open_copy(file, member, facts_of(wanted.facts, member))
+                if copy is not None:
+                    return copy
+            except (DiskError, StorageUnavailable) as exc:
+                log.debug("%s: no look for a copy: %s", wanted.name, exc)
+        try:
+            return await self._streams.open(wanted)
+        except NoSource as exc:
+            if _only_whole(exc, member):
+                return None
+            raise
+
+    async def _open_whole(
+        self, file: SectorFile, member: str | None, wanted: MemberFacts | None
+    ) -> tuple[OpenFile | None, Facts | None]:
+        """Open a whole copy, or fetch one to be opened next, and tell what came."""
+        copy = await self._open_copy(file, member, wanted)
+        if copy is not None:
+            return copy, None
+        flight = await self._flights.fly(file, member)
+        if flight.causes is not None:
+            # A directory may have come in part, and the part may be what was asked for.
+            copy = await self._open_copy(file, member, wanted) if member else None
+            if copy is None:
+                raise NoSource("no source can give it", file, flight.causes)
+        return copy, flight.facts
 
     async def _open_copy(
         self, file: SectorFile, member: str | None, wanted: MemberFacts | None
@@ -275,211 +373,29 @@ class RemoteStore:
         size, mtime_ns = wanted.size, wanted.mtime_ns
         return await self._copies.open(file, member, size=size, mtime_ns=mtime_ns)
 
-    async def _fly(self, file: SectorFile, member: str | None) -> _Flight:
-        """Wait for the one flight of a file, or of a whole directory; it has ended then."""
-        key = (file, member)
-        while True:
-            flight = self._flights.get(key)
-            if flight is None:
-                flight = self._flights[key] = _Flight(file, member)
-                self._nursery.start_soon(self._run, flight)
-            elif flight.scope.cancel_called:
-                await self._landing(flight)  # its last waiter left; let it clean up first
-                continue
-            flight.waiters += 1
-            try:
-                await self._landing(flight)
-            finally:
-                flight.waiters -= 1
-                if flight.waiters == 0:
-                    flight.scope.cancel()
-            return flight
+    def _streamed(self, file: SectorFile, member: str | None, facts: Facts | None) -> Wanted | None:
+        """What to open as a stream; None for what is fetched whole."""
+        one, policy = facts_of(facts, member), self._policy(file.file_type)
+        if facts is None or one is None or not is_streamed(policy, one.size):
+            return None
+        fills = may_fill(policy, member)
+        return Wanted(file, member, one.size, one.mtime_ns, facts, fills)
 
-    async def _landing(self, flight: _Flight) -> None:
-        """Wait for the end of a flight, but not for each that queues for a disk that hangs."""
-        while not flight.finished.is_set():
-            with trio.move_on_after(self._copies.lane.deadline):
-                await flight.finished.wait()
-                return
-            self._copies.refuse_hung_disk()
+    def _carrier(self, wanted: Wanted) -> PeerCarrier:
+        file, member = wanted.file, wanted.member
 
-    async def _run(self, flight: _Flight) -> None:
-        """The flight's task: a boundary, so nothing but cancellation of the node leaves it."""
-        key = (flight.fetch.file, flight.fetch.member)
-        try:
-            with flight.scope:
-                flight.causes = await self._try_sources(flight)
-        except Exception as exc:
-            log.exception("%s: fetch failed unexpectedly", flight.fetch.file)
-            flight.causes = [SourceFailed(f"unexpected {type(exc).__name__}", flight.fetch.file)]
-        finally:
-            del self._flights[key]
-            flight.finished.set()
-        if flight.facts is not None:
-            self._learn(flight.fetch.file, flight.facts)
-            self._announcer.add(flight.fetch.file, flight.facts)
-        metrics.FETCHES.labels("failed" if flight.causes else "done").inc()
+        def declared(source: PeerSource) -> Version:
+            told = facts_of(self._catalog.declared(file, source.storage), member)
+            return Version(wanted.size, told.mtime_ns if told is not None else 0)
 
-    async def _try_sources(self, flight: _Flight) -> list[SectorFSError] | None:
-        file = flight.fetch.file
-        causes: list[SectorFSError] = []
+        return PeerCarrier(self._peers, self._places, self._copies.lane, file, member, declared)
+
+    def _peers_with(self, file: SectorFile) -> Sequence[PeerSource]:
         entry = self._catalog.entry(file)
-        if entry is None:
-            return [NotFound("no storage declares it any more", file)]
-        for source in self._rank(entry)[1]:
-            flight.fetch.source, flight.fetch.done = source.url, 0
-            try:
-                await self._fetch_from(source, flight, entry.facts)
-                return None
-            except (DiskError, StorageUnavailable) as exc:
-                causes.append(exc)  # our own disk: another source would not help
-                break
-            except SectorFSError as exc:
-                # Usual of nodes that know no single files; then the whole directory is next.
-                usual = isinstance(exc, NotFound) and flight.fetch.member is not None
-                level = logging.DEBUG if usual else logging.WARNING
-                log.log(level, "%s: source %s failed: %s", file, source.url, exc)
-                causes.append(exc)
-                if not isinstance(exc, NotFound):
-                    self._failed_at[source.url] = self._now()
-                if isinstance(exc, Unreachable):
-                    self._silent_at[source] = self._now()
-        else:
-            if flight.fetch.member is not None and any(isinstance(exc, NotFound) for exc in causes):
-                return await self._fetch_beside(flight, causes)
-        return causes or [SourceFailed("no peer serves it", file)]
-
-    async def _fetch_beside(
-        self, flight: _Flight, causes: list[SectorFSError]
-    ) -> list[SectorFSError] | None:
-        """Get a file with its whole directory, from nodes that do not know it by itself."""
-        whole = await self._fly(flight.fetch.file, None)
-        if whole.causes is not None:
-            return [*causes, *whole.causes]
-        flight.facts = whole.facts
-        return None
-
-    async def _fetch_from(
-        self, source: sources.PeerSource, flight: _Flight, facts: Facts | None
-    ) -> None:
-        file, member = flight.fetch.file, flight.fetch.member
-        if file.file_type.is_directory and member is None:
-            flight.facts = await self._receive_directory(source, flight, facts)
-            return
-        if facts is None:
-            facts = await self._peers.facts(source.url, file)
-        wanted = _wanted(facts, member)
-        if wanted is None:
-            raise NotFound(f"has no file {member!r}", file)
-        flight.fetch.size = wanted.size
-        async with (
-            self._turn(source, small=wanted.size <= SMALL),
-            self._reserved(flight.fetch.file, flight.fetch.member, wanted.size),
-        ):
-            await self._receive(source, flight, wanted)
-        flight.facts = facts
-
-    async def _receive_directory(
-        self, source: sources.PeerSource, flight: _Flight, facts: Facts | None
-    ) -> Facts:
-        size = flight.fetch.size = facts.size if facts else 0
-
-        def progress(done: int) -> None:
-            flight.fetch.done = done
-
-        async with (
-            self._turn(source, small=False),
-            self._reserved(flight.fetch.file, None, size),
-        ):
-            return await fetch_directory(
-                self._peers,
-                CacheSink(self._copies, flight.fetch.file),
-                source.url,
-                flight.fetch.file,
-                expected=facts,
-                whole=False,
-                progress=progress,
-            )
-
-    @asynccontextmanager
-    async def _turn(self, source: sources.PeerSource, *, small: bool) -> AsyncIterator[None]:
-        """Once there is room to receive; not from a source that fell silent meanwhile."""
-        queued_at = self._now()
-        async with (
-            self._place(f"{source.url} {source.storage}", small, 1),
-            self._place(source.url, small, PEER_FACTOR),
-            self._place("", small, NODE_FACTOR),
-        ):
-            if self._silent_at.get(source, queued_at) > queued_at:
-                raise SourceFailed("did not answer others in time", source.url)
-            yield
-        self._failed_at.pop(source.url, None)
-        self._silent_at.pop(source, None)
-
-    @asynccontextmanager
-    async def _reserved(
-        self, file: SectorFile, member: str | None, size: int
-    ) -> AsyncIterator[None]:
-        """Room in the cache path for a copy, where it is known what is promised there."""
-        storage = self._copies.storage
-        async with AsyncExitStack() as stack:
-            if self._space is not None and self._local.path_of(storage) is not None:
-                claim = Claim(
-                    storage=storage, file=file, member=member or "", size=size, place="fetching"
-                )
-                try:
-                    await stack.enter_async_context(self._space.reserve([claim]))
-                except DiskFull as exc:
-                    raise DiskFull(
-                        f"{size} bytes to fetch, {exc.what}",
-                        self._copies.root,
-                        "make room in the cache path",
-                    ) from exc
-                except Refused as exc:
-                    raise DiskError(exc.what, exc.thing, exc.hint) from exc
-                except (NotFound, PermissionRefused, StorageUnavailable) as exc:
-                    # The cache path's own trouble: `Copies` meets it next, and says which.
-                    log.debug("%s: nothing reserved: %s", file, exc)
-            yield
-
-    async def _receive(
-        self, source: sources.PeerSource, flight: _Flight, wanted: MemberFacts
-    ) -> None:
-        file, member = flight.fetch.file, flight.fetch.member
-
-        def progress(done: int) -> None:
-            flight.fetch.done = done
-            run.wrote(done)
-
-        told = _wanted(self._catalog.declared(file, source.storage), member)
-        partial = await self._copies.begin(file, member, wanted.size)
-        run = SteadyWrites(self._copies.write, partial.descriptor)
-        try:
-            await self._peers.fetch(
-                source.url,
-                file,
-                member,
-                partial.descriptor,
-                size=wanted.size,
-                mtime_ns=told.mtime_ns if told else None,
-                run=run,
-                progress=progress,
-            )
-            await self._copies.commit(partial, size=wanted.size, mtime_ns=wanted.mtime_ns)
-        except BaseException:
-            await self._copies.discard(partial)
-            raise
-
-    def _place(self, of: str, small: bool, factor: int) -> trio.CapacityLimiter:
-        """The bound on fetches from a storage, from a peer, or of the node."""
-        key = (of, small)
-        limiter = self._places.get(key)
-        if limiter is None:
-            limiter = self._places[key] = trio.CapacityLimiter(self._parallel * factor)
-        return limiter
+        return self._ranking.of(entry)[1] if entry is not None else ()
 
     def _no_source(
-        self, file: SectorFile, member: str | None, causes: list[SectorFSError]
+        self, file: SectorFile, member: str | None, causes: Sequence[BaseException]
     ) -> NoSource:
         thing = f"{file}/{member}" if member else str(file)
         entry = self._catalog.entry(file)
@@ -492,10 +408,14 @@ class RemoteStore:
         return NoSource("no source can give it", thing, causes or away)
 
 
-def _wanted(facts: Facts | None, member: str | None) -> MemberFacts | None:
-    """Size and time of the regular file that is to be opened; None when nobody said."""
-    if facts is None:
-        return None
-    if member is not None:
-        return facts.member(member)
+def _only(facts: Facts) -> MemberFacts:
     return MemberFacts("", facts.size, facts.mtime_ns)
+
+
+def _only_whole(failure: NoSource, member: str | None) -> bool:
+    """True when sources refused because they were asked for a part of what they have.
+
+    Nodes of other programs do not know the single files of a directory.
+    """
+    usual = (NoRanges, NotFound) if member is not None else NoRanges
+    return any(isinstance(cause, usual) for cause in failure.causes)

@@ -165,19 +165,25 @@ class Stream:
 
         A view is good until the caller's next `await`.
         """
+        data = self.read_nowait(window, offset, size)
+        if data is not None:
+            return data
         end = min(self.size, offset + size)
-        if offset < 0 or offset >= end:
-            return b""
-        self._want_ahead(window, end, window.read(offset, end, self.size))
-        if self._stale is None and self.arrivals.has(offset, end):
-            data = self.arrivals.take_nowait(offset, end)
-            if data is not None:
-                return data
         self._readers.append((offset, end))
         try:
             return await self._read(offset, end)
         finally:
             self._readers.remove((offset, end))
+
+    def read_nowait(self, window: Window, offset: int, size: int) -> bytes | memoryview | None:
+        """As `read` does, None when that would have to wait."""
+        end = min(self.size, offset + size)
+        if offset < 0 or offset >= end:
+            return b""
+        self._want_ahead(window, end, window.read(offset, end, self.size))
+        if self._stale is None and self.arrivals.has(offset, end):
+            return self.arrivals.take_nowait(offset, end)
+        return None
 
     async def _read(self, offset: int, end: int) -> bytes | memoryview:
         while True:

@@ -17,14 +17,13 @@ from typing import TypeVar
 
 import msgspec
 
-from sectorfs.index.content import same_mtime
+from sectorfs.index.content import facts_of, same_mtime
 from sectorfs.stores import blocks
 from sectorfs.stores.blocks import DATA_SUFFIX, MAP_SUFFIX
 from sectorfs.stores.own_names import FETCHING
 from sectorfs.types import (
     ALL_TYPES,
     Facts,
-    MemberFacts,
     SectorFile,
     file_types,
     parse_member_name,
@@ -55,15 +54,6 @@ class Leftover(msgspec.Struct, frozen=True):
         )
 
 
-def facts_of(facts: Facts | None, member: str | None) -> MemberFacts | None:
-    """Size and time of a regular file; None when nobody said, or there is none of that name."""
-    if facts is None:
-        return None
-    if member is not None:
-        return facts.member(member)
-    return MemberFacts("", facts.size, facts.mtime_ns)
-
-
 def clear(root: Path) -> tuple[list[Leftover], int]:
     """Remove what can never be gone on with; what stays, and how many things went."""
     kept: list[Leftover] = []
@@ -73,7 +63,7 @@ def clear(root: Path) -> tuple[list[Leftover], int]:
         for name in _names(folder):
             sector = _parsed(parse_sector, name.removesuffix(DATA_SUFFIX).removesuffix(MAP_SUFFIX))
             file = SectorFile(file_type, sector) if sector is not None else None
-            if file_type.is_directory and file is not None and (folder / name).is_dir():
+            if file_type.is_directory and file is not None and _is_directory(folder / name):
                 found, gone = _clear_directory(folder / name, file)
             elif file_type.is_directory or file is None:
                 found, gone = [], _remove(folder / name)
@@ -135,11 +125,16 @@ def _sift(
 
 
 def _remove(path: Path) -> int:
-    if path.is_dir() and not path.is_symlink():
+    if _is_directory(path):
         shutil.rmtree(path)
     else:
         os.unlink(path)
     return 1
+
+
+def _is_directory(path: Path) -> bool:
+    """A link to one is none: nothing outside the cache path is ever touched."""
+    return stat.S_ISDIR(path.lstat().st_mode)
 
 
 def _names(folder: Path) -> Iterator[str]:
