@@ -350,6 +350,26 @@ async def test_opens_that_python_never_saw_are_counted(fixture: Fixture) -> None
     assert fixture.handles.open_files == 0
 
 
+@pytest.mark.parametrize("proved", [True, False])
+async def test_what_is_open_is_told_from_what_is_only_kept(
+    fixture: Fixture, proved: bool
+) -> None:
+    """Whoever evicts copies asks: what is open stays, what is kept is closed first."""
+    fixture.disk.proved = proved
+    assert fixture.handles.in_hand(HERE) == {}
+    first, second = await fixture.open(), await fixture.open()
+    for opened in (first, second):
+        assert fixture.handles.in_hand(HERE) == {FILE: True}
+        assert fixture.handles.in_hand(SLOW) == {}
+        assert not fixture.handles.let_go(FILE, HERE)
+        assert fixture.handles.let_go(FILE, SLOW)
+        fixture.release(opened)
+    assert fixture.handles.in_hand(HERE) == ({FILE: False} if proved else {})
+    assert fixture.handles.let_go(FILE, HERE)
+    assert fixture.handles.in_hand(HERE) == {}
+    await released(fixture)
+
+
 async def test_a_handle_that_nobody_has_is_refused(fixture: Fixture) -> None:
     opened = await fixture.open()
     fixture.release(opened)

@@ -41,6 +41,11 @@ def read(
     return xattrs.value(name.encode(), key, lambda file: Subject(file, state, copies)).decode()
 
 
+def test_a_pinned_copy_says_so(catalog: DictCatalog) -> None:
+    subject = Subject(FILE, "cached", (), pinned=True)
+    assert xattrs.value(b"user.sectorfs.pinned", KEY, lambda file: subject) == b"1"
+
+
 def test_locations_are_those_of_storage_find(catalog: DictCatalog) -> None:
     assert json.loads(read(catalog, "user.sectorfs.locations")) == [
         {

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import click
 
 from sectorfs import __version__
-from sectorfs.cli import auth, drain, node, output, piece, sectors, storage
+from sectorfs.cli import auth, caching, drain, node, output, piece, sectors, storage, why
 from sectorfs.cli.context import Settings, common
 from sectorfs.errors import BadInput, SectorFSError, from_os
 
@@ -36,11 +36,13 @@ for command in (
     node.demo,
     storage.storage,
     sectors.sector,
+    why.why,
     auth.auth,
     auth.config,
 ):
     sectorfs.add_command(command)
-sectors.sector.add_command(piece.piece)
+for command in (caching.fetch, caching.evict, caching.pin, caching.unpin, piece.piece):
+    sectors.sector.add_command(command)
 storage.storage.add_command(drain.drain)
 
 

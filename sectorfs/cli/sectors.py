@@ -40,7 +40,7 @@ class TypeName(click.ParamType[FileType]):
 @click.group()
 @common
 def sector(settings: Settings) -> None:
-    """Files of sectors: move, remove, read pieces out of them."""
+    """Files of sectors: fetch, keep, evict, move, remove, read pieces out of them."""
 
 
 @sector.command()
@@ -65,7 +65,7 @@ def move(
         origin = await storage_named(admin, source) if source is not None else None
         return [
             await admin.moves.move(file, to=to, source=origin)
-            for file in await _files(admin, wanted, chosen, origin)
+            for file in await files_of(admin, wanted, chosen, origin)
         ]
 
     found = with_admin(settings, work)
@@ -111,7 +111,7 @@ def rm(
         storage = await storage_named(admin, source) if source is not None else None
         return [
             await admin.moves.remove(file, force=force, copies=copies, storage=storage)
-            for file in await _files(admin, wanted, chosen, storage)
+            for file in await files_of(admin, wanted, chosen, storage)
         ]
 
     found = with_admin(settings, work)
@@ -138,7 +138,7 @@ def parse_name(text: str, file_type: FileType | None) -> tuple[SectorID, FileTyp
     return wanted, named
 
 
-async def _files(
+async def files_of(
     admin: Admin, wanted: SectorID, file_type: FileType | None, storage: StorageID | None
 ) -> list[SectorFile]:
     """The file that is named, or those that are declared (on one storage, if it is named)."""

@@ -203,6 +203,11 @@ class BackingFiles:
             if opens:
                 yield entry, opens
 
+    def kept_of(self, storage: StorageID) -> Iterator[Backing]:
+        """Entries of a storage, with handles or without."""
+        entries = (*self._entries.values(), *self._leaving)
+        return (entry for entry in entries if entry.opened.storage == storage)
+
     def passes(self, storage: StorageID, size: int, file_system: str) -> bool:
         """True for a file that would be read past the daemon, were it opened now."""
         return (

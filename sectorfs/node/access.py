@@ -100,6 +100,7 @@ async def _offline(repo: Repo) -> AsyncIterator[LocalAdmin]:
             config=config,
             caught_up=lambda: _load(feed),
             state=None,
+            caching=None,
             moves=local_moves(
                 index=index,
                 local=local,

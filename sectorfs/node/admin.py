@@ -20,6 +20,7 @@ from sectorfs.errors import NotFound, Refused, TimedOut, Unreachable
 from sectorfs.index.catalog import Catalog
 from sectorfs.index.protocol import FsStat, SectorIndex, StorageStatus
 from sectorfs.node import reports
+from sectorfs.node.caching import Caching, LocalCaching
 from sectorfs.node.forget import DetachReport, Lost, detach_report, forget, last_copies
 from sectorfs.node.moves import LocalMoves, Moves
 from sectorfs.node.repo import Repo
@@ -54,6 +55,10 @@ class Admin(Protocol):
     @property
     def moves(self) -> Moves:
         """Verbs on sector files."""
+
+    @property
+    def caching(self) -> Caching:
+        """Verbs on this node's copies; `Unreachable` where no node runs."""
 
     async def attach(self, path: str, settings: PathSettings | None) -> StorageID:
         """Attach a directory and remember it; with settings, initialise it first."""
@@ -95,8 +100,10 @@ class LocalAdmin:
         caught_up: Callable[[], Awaitable[None]],
         state: Callable[[SectorFile], str] | None,
         moves: LocalMoves,
+        caching: LocalCaching | None,
     ) -> None:
         self.moves = moves
+        self._caching = caching
         self._repo = repo
         self._index = index
         self._catalog = catalog
@@ -106,6 +113,14 @@ class LocalAdmin:
         self._caught_up = caught_up
         self._state = state
         self._scans: dict[str, int] = {}
+
+    @property
+    def caching(self) -> Caching:
+        """See `Admin.caching`."""
+        if self._caching is None:
+            hint = "start it with `sectorfs mount` or `serve`"
+            raise Unreachable("no node runs", self._repo.root, hint)
+        return self._caching
 
     async def attach(self, path: str, settings: PathSettings | None) -> StorageID:
         """See `Admin.attach`. A path whose attachment fails is not remembered."""

@@ -13,6 +13,7 @@ from sectorfs.errors import BadInput
 from sectorfs.index import shapes
 from sectorfs.node import reports
 from sectorfs.node.admin import LocalAdmin, PathSettings
+from sectorfs.node.caching import CachingClient
 from sectorfs.node.forget import DetachReport
 from sectorfs.node.moves import MovesClient
 from sectorfs.node.settings import SettingsReport
@@ -111,6 +112,7 @@ class NodeClient:
         self._post = post
         self._last_id = 0
         self.moves = MovesClient(url, lambda _, body, patience: post(body, patience))
+        self.caching = CachingClient(self._call)
 
     async def status(self) -> reports.StatusReport:
         """What the node does now."""

@@ -59,14 +59,6 @@ class Readers(Protocol):
         """Close what is only kept open of a file; True when nobody has it open."""
 
 
-class Evicted(msgspec.Struct, frozen=True):
-    """What became of a copy that was to go."""
-
-    file: SectorFile
-    size: int
-    """Bytes that are free again, or will be once those who still read it are done."""
-
-
 class _Removal:
     """One eviction under way."""
 
@@ -131,8 +123,8 @@ class CacheKeeper:
                 log.info("%s: no room for %d bytes: %s", self._copies.root, size, exc)
         return False
 
-    async def evict(self, file: SectorFile) -> Evicted:
-        """Remove what is here of a file, because an operator asks for it.
+    async def evict(self, file: SectorFile) -> int:
+        """Remove what is here of a file, because an operator asks for it; the bytes that gives.
 
         `NotFound` when nothing is, `Refused` for what is pinned, open, being fetched, or has no
         healthy primary copy elsewhere.
@@ -144,7 +136,7 @@ class CacheKeeper:
             if not found:
                 raise NotFound("no copy of it was fetched to this node", file)
             self._require_idle(file)
-            return Evicted(file, sum([await self._remove(item) for item in found]))
+            return sum([await self._remove(item) for item in found])
 
     # Its task
 
@@ -282,6 +274,7 @@ class CacheKeeper:
             freed = await self._copies.remove_partials(item.file)
         else:
             await self._remove_copy(item.file)
+        self.notes.forget(item.file)
         kind = "partial" if item.partial else "copy"
         metrics.EVICTIONS.labels(kind).inc()
         metrics.EVICTED_BYTES.inc(freed)

@@ -94,6 +94,10 @@ class CacheNotes:
         """When somebody last did; 0 for never."""
         return self._used_ns.get(file, 0)
 
+    def forget(self, file: SectorFile) -> None:
+        """It is not here any more; a pin stays."""
+        self._used_ns.pop(file, None)
+
     def forget_others(self, here: Container[SectorFile]) -> None:
         """Remember the use of nothing but what is `here`."""
         self._used_ns = {file: when for file, when in self._used_ns.items() if file in here}
