@@ -23,6 +23,7 @@ Passthrough = Literal["auto", "off", "require"]
 FetchPolicy = Literal["stream", "fill", "open"]
 """How remote files are read: see `stores.fetch_rules`."""
 
+_LEAST_RATE = 1 << 20  # with less, connections stand still until the other side gives them up
 _Count = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 
 
@@ -55,6 +56,8 @@ class PeersConfig(_Section, frozen=True):
     token_file: str = ""
     parallel: _Count = 8
     """Whole-file fetches at a time on this node."""
+    max_rate: str = "0"
+    """Bytes a second from each peer, like ``100MB``; ``0`` for no limit. Readers never wait."""
 
 
 class TimeoutsConfig(_Section, frozen=True):
@@ -99,6 +102,14 @@ class CacheConfig(_Section, frozen=True):
         return CacheLimits(parse_size(self.max_size), min_free=parse_size(self.min_free))
 
 
+def rate_of(text: str) -> int:
+    """Bytes a second, 0 for no limit; `ValueError` for what is none, or too little to be of use."""
+    rate = parse_size(text)
+    if 0 < rate < _LEAST_RATE:
+        raise ValueError(f"{text!r} a second is less than 1MiB, the least that works")
+    return rate
+
+
 class CacheLimits(msgspec.Struct, frozen=True):
     """What the copies of this node may take."""
 
@@ -118,6 +129,8 @@ class FetchConfig(_Section, frozen=True):
 
     policy: dict[str, FetchPolicy] = {}
     """By file type; ``stream`` for ``unsealed`` and ``fill`` for the others where not told."""
+    max_rate: str = "0"
+    """As in ``[peers]``, from all of them together."""
 
     def policy_of(self, file_type: FileType) -> FetchPolicy:
         """What holds for a file type."""
@@ -197,6 +210,14 @@ def _checked(data: Any, origin: object) -> Config:
         config.cache.limits()
     except ValueError as exc:
         raise BadConfig(f"cache: {exc}", origin) from exc
+    for key, rate in (
+        ("peers.max_rate", config.peers.max_rate),
+        ("fetch.max_rate", config.fetch.max_rate),
+    ):
+        try:
+            rate_of(rate)
+        except ValueError as exc:
+            raise BadConfig(f"{key}: {exc}", origin) from exc
     for storage in config.mount.passthrough_storages:
         try:
             parse_storage_id(storage)

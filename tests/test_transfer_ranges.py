@@ -11,8 +11,9 @@ import trio
 from sectorfs.errors import NoRanges, SectorFSError, SourceFailed, Stale, TimedOut, Unreachable
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.transfer import PeerClient, Version
+from sectorfs.wire.client import Client
 from tests.test_transfer import CACHE, SEALED, answer, asking, our_node, target
-from tests.wire_fixtures import fds_return_to, open_fds
+from tests.wire_fixtures import PATIENT, fds_return_to, open_fds, peer, read_request
 
 Spans = list[tuple[int, int]]
 SPREAD: Spans = [(0, 10), (65_536, 131_072), (1_999_999, 2_000_000)]
@@ -191,3 +192,42 @@ async def test_a_cancelled_request_leaves_nothing(tmp_path: Path) -> None:
             with trio.move_on_after(0.1):
                 await receive(client, base, tmp_path / "copy", (0, 100))
     await fds_return_to(before)
+
+
+async def test_a_whole_file_for_a_range_is_not_read() -> None:
+    """The connection is closed at once: what comes on it is nobody's."""
+    head = b"HTTP/1.1 200 X\r\nContent-Length: 34359738368\r\n"
+    head += b"Content-Type: application/octet-stream\r\n\r\n"
+    hung_up = trio.Event()
+
+    async def pour(stream: trio.SocketStream) -> None:
+        await read_request(stream)
+        await stream.send_all(head)
+        try:
+            while True:
+                await stream.send_all(bytes(65_536))
+        except trio.BrokenResourceError:
+            hung_up.set()
+
+    async with peer(pour) as url, Client(PATIENT) as client:
+        with pytest.raises(NoRanges):
+            await ranges(PeerClient(client), url, [(0, 10)])
+        with trio.fail_after(10):
+            await hung_up.wait()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        answer(500, b"no"),
+        answer(503, b"too many connections\n", "Retry-After: 1"),
+        answer(302, b"", "Location: http://elsewhere/"),
+    ],
+)
+async def test_answers_after_which_another_source_is_asked(data: bytes) -> None:
+    async with asking(data) as (client, base):
+        with pytest.raises(SourceFailed, match=r"status \d+ instead of 206") as caught:
+            await ranges(client, base, [(0, 10)])
+        assert caught.value.retry
+        with pytest.raises(SourceFailed, match=r"status \d+"):
+            await client.facts(base, SEALED)

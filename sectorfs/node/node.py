@@ -18,7 +18,7 @@ from pathlib import Path
 import trio
 
 from sectorfs import __version__
-from sectorfs.config import Config
+from sectorfs.config import Config, rate_of
 from sectorfs.errors import DiskError, Refused, SectorFSError, StorageUnavailable
 from sectorfs.fuse import backing, mounts
 from sectorfs.fuse.operations import Mount, SectorOperations
@@ -37,6 +37,7 @@ from sectorfs.server.routes import make_handler
 from sectorfs.stores import metadata, storage_list
 from sectorfs.stores.cache import CacheKeeper
 from sectorfs.stores.cache_notes import CacheNotes
+from sectorfs.stores.carriers import most_requests
 from sectorfs.stores.copies import Copies
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.local import LocalStore
@@ -49,12 +50,13 @@ from sectorfs.types import SectorFile, StorageID
 from sectorfs.wire.client import Client
 from sectorfs.wire.jsonrpc import Dispatcher
 from sectorfs.wire.messages import Limits
+from sectorfs.wire.rates import Rates
 from sectorfs.wire.server import serve
 
 log = logging.getLogger(__name__)
 
-PEER_REQUESTS = 128
-"""Requests at a time to one peer; what reads and fetches has its own, lower bound."""
+OTHER_REQUESTS = 64
+"""Requests at a time to one peer beside those for bytes of files, whose order `Places` decides."""
 ATTACH_SECONDS = 2.0
 """A start waits so long for its paths; a disk that hangs is attached behind."""
 CATCH_UP_SECONDS = 5.0
@@ -86,7 +88,10 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             Client(
                 config.timeouts,
                 token=connect.read_token(config.peers.token_file, repo) or token,
-                per_peer=PEER_REQUESTS,
+                per_peer=most_requests(config.peers.parallel) + OTHER_REQUESTS,
+                rates=Rates(
+                    peer=rate_of(config.peers.max_rate), node=rate_of(config.fetch.max_rate)
+                ),
             )
         )
         nursery = await stack.enter_async_context(trio.open_nursery())
@@ -136,7 +141,9 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             local,
             moves.remover,
             config.cache.limits(),
-            readers=MountReaders(copies.storage, lambda: node.handles),
+            readers=MountReaders(
+                copies.storage, lambda: node.handles, lambda file: store.let_go(file)
+            ),
             busy=lambda file: store.is_busy(file),
             promised=partial(_promised, local, space, copies.storage),
         )

@@ -48,6 +48,11 @@ OWN_TROUBLE = (DiskError, PermissionRefused, StorageUnavailable)
 """Errors of the cache path: no word on the source."""
 
 
+def most_requests(parallel: int) -> int:
+    """Requests that `Places` has run on one peer at a time."""
+    return PEER_FACTOR * (READS + parallel)
+
+
 class Places:
     """Whose turn it is to be asked, and who is not asked at all."""
 

@@ -208,7 +208,8 @@ class PeerClient:
         `Lane.finish`: writes are never given up half way.
         """
         try:
-            async with self._ask("GET", _file_url(base_url, file, member)) as response:
+            url = _file_url(base_url, file, member)
+            async with self._ask("GET", url, bulk=True) as response:
                 await _expect(response, 200)
                 _expect_octets(response)
                 _expect_time(response, mtime_ns)
@@ -234,7 +235,7 @@ class PeerClient:
             data = await response.read(size)
             if len(data) != size:
                 raise SourceFailed(f"sent {len(data)} bytes instead of {size}", response.url)
-        FETCHED_BYTES.inc(size)
+        self._received(url, size)
         return data
 
     async def ranges(
@@ -262,10 +263,11 @@ class PeerClient:
                 data = await response.read(wanted)
                 if len(data) != wanted:
                     raise SourceFailed(f"sent {len(data)} bytes instead of {wanted}", response.url)
-                FETCHED_BYTES.inc(wanted)
+                self._received(url, wanted)
                 deliver(spans[0][0], data)
                 return version
             body = await response.read(wanted + _PART_OVERHEAD * (len(spans) + 1))
+            self._received(url, wanted)
             return _deliver_parts(response, body, spans, expect, deliver)
 
     async def receive(
@@ -283,7 +285,8 @@ class PeerClient:
         """Write a span to its place in `descriptor`; else as `ranges` and `fetch`."""
         start, end = span
         url = _file_url(base_url, file, member)
-        async with self._ask("GET", url, (("range", f"bytes={start}-{end - 1}"),)) as response:
+        headers = (("range", f"bytes={start}-{end - 1}"),)
+        async with self._ask("GET", url, headers, bulk=True) as response:
             await _expect_ranges(response)
             version = _span_version(response, span, expect)
             await response.save(
@@ -300,7 +303,8 @@ class PeerClient:
         One of our own has them, so that what was not found there is not there: `NotFound`.
         """
         url = _file_url(base_url, file)
-        async with self._ask("GET", f"{url}{_minimal(url)}" if minimal else url) as response:
+        url += _minimal(url) if minimal else ""
+        async with self._ask("GET", url, bulk=True) as response:
             await _expect(response, 200)
             if MTIME_HEADER in response.headers:
                 raise NotFound("the peer does not have a file of it", response.url)
@@ -350,16 +354,30 @@ class PeerClient:
 
     @asynccontextmanager
     async def _ask(
-        self, method: str, url: str, headers: tuple[tuple[str, str], ...] = ()
+        self,
+        method: str,
+        url: str,
+        headers: tuple[tuple[str, str], ...] = (),
+        *,
+        bulk: bool = False,
     ) -> AsyncIterator[Response]:
         start = self._clock()
         try:
             async with self._client.request(method, url, headers) as response:
                 self._observe(url, response.first_byte)
+                if bulk:
+                    response.throttle = self._client.rates.of(_peer(url))
                 yield response
         except TimedOut:
             self._observe(url, self._clock() - start)
             raise
+
+    def _received(self, url: str, count: int) -> None:
+        """Count what came for readers, who wait for no turn."""
+        FETCHED_BYTES.inc(count)
+        throttle = self._client.rates.of(_peer(url))
+        if throttle is not None:
+            throttle.charge(count)
 
     def _observe(self, url: str, seconds: float) -> None:
         """Count the time one answer took, or the time waited in vain."""
@@ -496,7 +514,6 @@ def _deliver_parts(
         raise SourceFailed("sends other ranges than were asked for", response.url)
     totals = {part.total for part in found}
     version = _version(response, totals.pop() if len(totals) == 1 else None, expect)
-    FETCHED_BYTES.inc(sum(end - start for start, end in spans))
     for part in found:
         deliver(part.start, bytes(part.data))
     return version

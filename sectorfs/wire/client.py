@@ -22,6 +22,7 @@ import trio
 from sectorfs.config import TimeoutsConfig
 from sectorfs.errors import BadInput, Refused, TimedOut, Unreachable
 from sectorfs.wire import heads
+from sectorfs.wire.rates import Rates
 from sectorfs.wire.response import HEADER_LIMIT, Response, receive
 
 IDLE_SECONDS = 30.0
@@ -125,7 +126,10 @@ class Client:
         *,
         token: str | Callable[[], str] | None = None,
         per_peer: int = 16,
+        rates: Rates | None = None,
     ) -> None:
+        self.rates = rates or Rates()
+        """How fast bodies may come, for those who read them."""
         self._timeouts = timeouts
         self._token = token
         self._per_peer = per_peer

@@ -24,6 +24,7 @@ from sectorfs.wire import heads
 from sectorfs.wire.duplicates import Duplicate
 from sectorfs.wire.messages import Runner
 from sectorfs.wire.pace import Pace
+from sectorfs.wire.rates import Throttle
 
 HEADER_LIMIT = 32 * 1024
 
@@ -78,6 +79,8 @@ class Response:
         """By lower-case name; a repeated header's values are joined with commas."""
         self.first_byte = first_byte
         """Seconds from the start of the request to the first byte of the answer."""
+        self.throttle: Throttle | None = None
+        """What bounds the speed of `save` and `piece`; `read` is for readers, who never wait."""
         self._stream = stream
         self._early = early
         self._http = http
@@ -115,7 +118,7 @@ class Response:
             self._begin()
         if self._empty or self._state == "done":
             return None
-        return await self._piece()
+        return await self._bulk_piece()
 
     async def save(
         self,
@@ -166,6 +169,18 @@ class Response:
         assert self._state == "new", "a body is read once, inside its block"
         self._state = "reading"
 
+    async def _bulk_piece(self) -> bytes | None:
+        """The next piece, when there is a turn for it."""
+        if self.throttle is None:
+            return await self._piece()
+        allowed, count = await self.throttle.turn(), 0
+        try:
+            piece = await self._piece()
+            count = len(piece or b"")
+            return piece
+        finally:
+            self.throttle.charge(count - allowed)
+
     async def _piece(self) -> bytes | None:
         """The next piece of the body, or None at its end."""
         if self._http is None:
@@ -213,7 +228,7 @@ class Response:
 
     async def _save_pieces(self, sink: _Sink) -> None:
         held = bytearray()
-        while (piece := await self._piece()) is not None:
+        while (piece := await self._bulk_piece()) is not None:
             held += piece
             if sink.done + len(held) > sink.length:
                 raise SourceFailed(
@@ -231,6 +246,8 @@ class Response:
         self._state = "raw"
         early = self._early if self._http is None else self._http.trailing_data[0]
         extra = len(early) > sink.length
+        if self.throttle is not None:
+            self.throttle.charge(len(early))
         await sink.write(early[: sink.length])
         source = Duplicate(self._stream.socket)
         try:
@@ -247,12 +264,22 @@ class Response:
         buffer = memoryview(bytearray(min(_BUFFER, max(1, sink.length - sink.done))))
         while sink.done < sink.length:
             waited = await self._wait_readable()
-            count, stop = await sink.pull(source, buffer)
+            count, stop = await self._pull(sink, source, buffer)
             self._pace.moved(count, waited=waited)
             if stop in (_Stop.END, _Stop.BROKEN):
                 raise SourceFailed(
                     f"the body ended after {sink.done} of {sink.length} bytes", self.url
                 )
+
+    async def _pull(self, sink: _Sink, source: Duplicate, buffer: memoryview) -> tuple[int, _Stop]:
+        if self.throttle is None:
+            return await sink.pull(source, buffer, _HOP)
+        allowed, count = await self.throttle.turn(), 0
+        try:
+            count, stop = await sink.pull(source, buffer, allowed)
+            return count, stop
+        finally:
+            self.throttle.charge(count - allowed)
 
     async def _wait_readable(self) -> float:
         """Wait for bytes or an end; the seconds it took."""
@@ -290,9 +317,9 @@ class _Sink:
             await self._run(partial(self._put, memoryview(data), self.done), what="write")
             self._moved(len(data))
 
-    async def pull(self, source: Duplicate, buffer: memoryview) -> tuple[int, _Stop]:
+    async def pull(self, source: Duplicate, buffer: memoryview, most: int) -> tuple[int, _Stop]:
         """Move what the socket holds into the file, in a thread."""
-        call = partial(self._drain, source, buffer, self.done)
+        call = partial(self._drain, source, buffer, self.done, most)
         count, stop = await self._run(call, what="write")
         self._moved(count)
         return count, stop
@@ -307,10 +334,12 @@ class _Sink:
         with self._descriptor as fd:
             _write_all(fd, data, self._offset + done)
 
-    def _drain(self, source: Duplicate, buffer: memoryview, done: int) -> tuple[int, _Stop]:
+    def _drain(
+        self, source: Duplicate, buffer: memoryview, done: int, most: int
+    ) -> tuple[int, _Stop]:
         moved, stop = 0, _Stop.HOP
         end = time.monotonic() + _HOP_SECONDS
-        goal = min(self.length - done, _HOP)
+        goal = min(self.length - done, most)
         with source as sock, self._descriptor as fd:
             while stop is _Stop.HOP and moved < goal and time.monotonic() < end:
                 filled, stop = _fill(sock, buffer[: goal - moved])
