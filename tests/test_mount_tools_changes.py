@@ -15,12 +15,13 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.cluster import Node, until, write
-from tests.cluster_fixtures import attach
+from tests.cluster_fixtures import Background, attach
 from tests.tools_fixtures import MIB, WAYS, MountedDisks, mounted_disks, node_of
 
 pytestmark = pytest.mark.mount
@@ -64,8 +65,9 @@ class Reader:
         assert self._view[:] == self._content
 
     def close(self) -> None:
+        """Close it; when its daemon was killed, nobody is there to be told."""
         self._view.close()
-        os.close(self.fd)
+        assert code(os.close, self.fd) in (0, errno.ENOTCONN)
 
 
 def test_readers_keep_what_they_opened_while_files_change(disks: MountedDisks) -> None:
@@ -279,3 +281,36 @@ def test_copies_evicted_while_sixteen_threads_read(owner: Node, start: Callable[
                 enough = load.reads[wanted] + 3
                 until("it is read again", lambda w=wanted, e=enough: load.reads[w] >= e)
     assert load.wrong == {}
+
+
+# --- the daemon dies ---
+
+
+def test_open_files_of_a_killed_daemon(owner: Node) -> None:
+    """What is read past it goes on to the end, also beside the next daemon; nothing hangs."""
+    small, large = (owner.mountpoint / name for name in list(SWITCHED)[:2])
+    with ExitStack() as stack:
+        reader = Reader(large, version(f"sealed/{large.name}", 0, SIZES[1]))
+        stack.callback(reader.close)
+        fd = os.open(small, os.O_RDONLY)
+        stack.callback(code, os.close, fd)
+        past = os.getxattr(large, "user.sectorfs.read_path") == b"passthrough"
+        owner.kill()
+        assert code(os.listdir, owner.mountpoint) == errno.ENOTCONN
+        assert code(os.open, large, os.O_RDONLY) == errno.ENOTCONN
+        assert code(os.read, fd, 1) in (errno.ENOTCONN, errno.ECONNABORTED)
+        if past:
+            reader.check()
+        owner.start(mount=True)
+        until("the files", small.exists)
+        for path, size in ((small, SIZES[0]), (large, SIZES[1])):
+            assert path.read_bytes() == version(f"sealed/{path.name}", 0, size)
+        assert code(os.read, fd, 1) in (errno.ENOTCONN, errno.ECONNABORTED)
+        if past:
+            reader.check()
+
+
+def code(call: Callable[..., object], *arguments: object) -> int:
+    """The errno a call fails with, within bounds of time; 0 when it succeeds."""
+    outcome, _ = Background(partial(call, *arguments)).result(20)
+    return (outcome.errno or -1) if isinstance(outcome, OSError) else 0
