@@ -24,6 +24,8 @@ ENOUGH_PAIRS = 5
 """Below this a median says little."""
 PATIENCE = 120
 """Seconds after which one measurement is given up."""
+FIRST_PATIENCE = 600
+"""The same for the ones that warm up: they make the files and start the nodes that are needed."""
 
 State = Literal["measured", "left out", "failed"]
 
@@ -117,9 +119,10 @@ def measure(work: Work[S], peer: Side[S], scene: S, *, pairs: int) -> Row:
     state: State = "measured"
     reason = ""
     try:
-        for _ in range(pairs + 1):
-            ours = _sample(work.ours, scene)
-            taken.append((ours, _sample(peer, scene)))
+        for number in range(pairs + 1):
+            patience = PATIENCE if number else FIRST_PATIENCE
+            ours = _sample(work.ours, scene, patience)
+            taken.append((ours, _sample(peer, scene, patience)))
     except LeftOut as exc:
         state, reason = "left out", str(exc)
     except Exception as exc:  # one row fails, the others are measured
@@ -141,8 +144,8 @@ def measure(work: Work[S], peer: Side[S], scene: S, *, pairs: int) -> Row:
     )
 
 
-def _sample(side: Side[S], scene: S) -> float:
-    with within(PATIENCE, side.name):
+def _sample(side: Side[S], scene: S, patience: float) -> float:
+    with within(patience, side.name):
         rate = side.sample(scene)
     if not (math.isfinite(rate) and rate > 0):
         raise ValueError(f"{side.name} measured {rate}")
