@@ -162,6 +162,17 @@ async def test_a_cache_path_that_was_made_primary_loses_nothing(tmp_path: Path) 
         assert there(copy)
 
 
+async def test_a_cache_path_that_is_not_attached_loses_nothing(tmp_path: Path) -> None:
+    async with cache_rig(tmp_path, CacheLimits(SIZE)) as rig:
+        copy = await rig.copy(ONE)
+        keeper = await loaded(rig)
+        await rig.parts.store.detach(str(tmp_path / "cache"))
+        assert not await keeper.make_room(SIZE)
+        with pytest.raises(StorageUnavailable, match="not attached"):
+            await keeper.evict(ONE)
+        assert there(copy)
+
+
 async def test_unfinished_fetches_go_like_copies(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -182,6 +182,20 @@ def test_an_evicted_copy_is_read_from_its_source_again(pair: Pair, say: Say) -> 
     refused(say("sector", "evict", "s-t01000-1", "--type", "unsealed"), 3, "no copy")
 
 
+def test_what_came_of_a_streamed_file_goes_as_well(pair: Pair, say: Say) -> None:
+    name = "unsealed/s-t01000-1"
+    data = noise("streamed", SIZE)
+    pair.hold(name, data)
+    with pair.shown(name).open("rb") as stream:
+        assert stream.read(MIB) == data[:MIB]
+        until("a part to be kept", lambda: pair.cached("unsealed/fetching").exists())
+        refused(say("sector", "evict", name), 4, "try again when")
+    until("the release", lambda: say("sector", "evict", name).code == 0)
+    assert list(pair.cached("unsealed/fetching").iterdir()) == []
+    assert state(pair.shown(name)) == "remote"
+    assert pair.shown(name).read_bytes() == data
+
+
 def one_line(said: object) -> str:
     """Output of a command that may have come before the kernel told of a close."""
     return getattr(said, "out", "")

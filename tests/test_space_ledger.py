@@ -158,3 +158,19 @@ async def test_a_file_of_a_directory_is_counted_apart(tmp_path: Path) -> None:
         (target / "t_aux.tmp").write_bytes(b"t" * 65536)
         async with parts.space.reserve([claim(parts, "one", MIB, file=CACHE, member="p_aux")]):
             assert await reserved(parts, "one") == MIB - 65536
+
+
+@pytest.mark.parametrize(
+    ("member", "name"), [("", "s-t01000-7.part"), ("p_aux", "s-t01000-7/p_aux.part")]
+)
+async def test_of_a_file_that_came_in_part_the_rest_is_promised(
+    tmp_path: Path, member: str, name: str
+) -> None:
+    file = CACHE if member else SEALED
+    async with rig(tmp_path, "one") as parts:
+        part = parts.path("one") / file.file_type.dir_name / "fetching" / name
+        part.parent.mkdir(parents=True)
+        part.write_bytes(b"p" * 65536)
+        os.truncate(part, MIB)
+        async with parts.space.reserve([claim(parts, "one", MIB, file=file, member=member)]):
+            assert await reserved(parts, "one") == MIB - 65536

@@ -191,9 +191,16 @@ class LocalCaching:
 class MountReaders:
     """Who has copies open through the mount, if there is one; see `stores.cache.Readers`."""
 
-    def __init__(self, storage: StorageID, handles: Callable[[], Handles | None]) -> None:
+    def __init__(
+        self,
+        storage: StorageID,
+        handles: Callable[[], Handles | None],
+        let_go: Callable[[SectorFile], object],
+    ) -> None:
+        """`let_go` ends what waits in the store for the next reader of a file."""
         self._storage = storage
         self._handles = handles
+        self._let_go = let_go
 
     def in_hand(self) -> Mapping[SectorFile, bool]:
         """See `Readers.in_hand`."""
@@ -202,6 +209,7 @@ class MountReaders:
 
     def let_go(self, file: SectorFile) -> bool:
         """See `Readers.let_go`."""
+        self._let_go(file)
         handles = self._handles()
         return handles is None or handles.let_go(file, self._storage)
 

@@ -111,9 +111,12 @@ class CacheKeeper:
         """True for what never goes by itself."""
         return self.notes.known and file in self.notes.pinned
 
-    async def make_room(self, size: int) -> bool:
-        """See to it that `size` bytes may come; False when they may not."""
-        with trio.move_on_after(ROOM_PATIENCE):
+    async def make_room(self, size: int, *, patience: float = ROOM_PATIENCE) -> bool:
+        """See to it that `size` bytes may come; False when they may not, or not so soon.
+
+        What is going to make room goes on going, whoever waits for it.
+        """
+        with trio.move_on_after(patience):
             try:
                 if await self._needed(size) == 0:
                     return True
@@ -241,10 +244,10 @@ class CacheKeeper:
         return msgspec.structs.replace(item, used_ns=used_ns)
 
     def _require_idle(self, file: SectorFile) -> None:
-        if self._busy(file):
-            raise Refused("is being fetched or streamed", file, "try again when that is done")
         if not self._readers.let_go(file):
             raise Refused("is open", file, "try again when it is closed")
+        if self._busy(file):
+            raise Refused("is being fetched or streamed", file, "try again when that is done")
 
     async def _remove(self, item: Item) -> int:
         """Remove it in a task of its own: whoever waits may leave, and it is done all the same."""
@@ -282,11 +285,14 @@ class CacheKeeper:
         return freed
 
     async def _remove_copy(self, file: SectorFile) -> None:
-        for path in self._local.paths():
-            if path.storage == self._copies.storage and path.primary:
-                raise Refused("the cache path holds primaries", path.path, "see CanStore in it")
+        storage = self._copies.storage
+        path = next((one for one in self._local.paths() if one.storage == storage), None)
+        if path is None:
+            raise StorageUnavailable("the cache path is not attached yet", self._copies.root)
+        if path.primary:
+            raise Refused("the cache path holds primaries", path.path, "see CanStore in it")
         try:
-            await self._remover.remove(file, only=[self._copies.storage])
+            await self._remover.remove(file, only=[storage])
         except Refused as exc:
             hint = exc.hint.removesuffix(FORCE_HINT).removesuffix("; ")
             raise Refused(exc.what, exc.thing, hint) from exc

@@ -14,7 +14,7 @@ from sectorfs.errors import (
     Refused,
     StorageUnavailable,
 )
-from sectorfs.stores.cache import CacheKeeper
+from sectorfs.stores.cache import ROOM_PATIENCE, CacheKeeper
 from sectorfs.stores.copies import Copies
 from sectorfs.stores.fetch_rules import SMALL
 from sectorfs.stores.local import LocalStore
@@ -23,6 +23,9 @@ from sectorfs.stores.space_ledger import SpaceLedger
 from sectorfs.types import SectorFile
 
 log = logging.getLogger(__name__)
+
+NEEDED_PATIENCE = 3.0
+"""So long somebody who cannot read without a copy waits for room within the limits."""
 
 
 class CacheRoom:
@@ -49,7 +52,8 @@ class CacheRoom:
         `needed`: somebody cannot read without it, be the cache path over its limits or not.
         """
         storage = self._copies.storage
-        if size > SMALL and not await self._make(file, member, size) and not needed:
+        patience = NEEDED_PATIENCE if needed else ROOM_PATIENCE
+        if size > SMALL and not await self._make(file, member, size, patience) and not needed:
             raise DiskFull(
                 f"{size} bytes to fetch, and no room within its limits",
                 self._copies.root,
@@ -75,9 +79,9 @@ class CacheRoom:
                     log.debug("%s: nothing reserved: %s", file, exc)
             yield
 
-    async def _make(self, file: SectorFile, member: str | None, size: int) -> bool:
+    async def _make(self, file: SectorFile, member: str | None, size: int, patience: float) -> bool:
         """Have copies evicted, if need be, for what is still to come of a file."""
         if self._keeper is None:
             return True
         begun = await self._copies.begun_bytes(file, member)
-        return await self._keeper.make_room(max(0, size - begun))
+        return await self._keeper.make_room(max(0, size - begun), patience=patience)

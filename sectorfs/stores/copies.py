@@ -181,12 +181,14 @@ class Copies:
         if not self.has_partial(file, member):
             return 0
         folder, name = self._partial_place(file, member)
-        path = folder / f"{name}{DATA_SUFFIX}"
-        try:
-            found = await self.lane.run(path.lstat, what=f"look at parts of {file}")
-        except NotFound:
+
+        def call() -> int:
+            with suppress(FileNotFoundError):
+                return (folder / f"{name}{DATA_SUFFIX}").lstat().st_blocks * BLOCK
             return 0
-        return found.st_blocks * BLOCK
+
+        with _own_trouble():
+            return await self.lane.run(call, what=f"look at parts of {file}")
 
     def is_begun(self, file: SectorFile) -> bool:
         """True when that, or a file of that directory, came in part."""

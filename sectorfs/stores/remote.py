@@ -225,6 +225,10 @@ class RemoteStore:
             found.append(Fetch(wanted.file, wanted.member, wanted.size, session.done, url))
         return found
 
+    def let_go(self, file: SectorFile) -> None:
+        """Forget what came of a file that only waits for its next reader."""
+        self._streams.let_go(file)
+
     def is_busy(self, file: SectorFile) -> bool:
         """True while a file, or one of that directory, is coming or open from elsewhere."""
         return self._flights.has(file) or self._streams.has(file)

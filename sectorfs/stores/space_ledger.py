@@ -17,6 +17,7 @@ import trio
 
 from sectorfs.errors import NotFound, Refused
 from sectorfs.index.protocol import FsStat
+from sectorfs.stores.blocks import DATA_SUFFIX
 from sectorfs.stores.local_path import LocalPath
 from sectorfs.stores.own_names import FETCHING, own_name
 from sectorfs.stores.reservation import Claim, Reservation, Reservations, Room, Spot
@@ -153,9 +154,11 @@ def _places(path: LocalPath, claim: Claim, owner: str) -> list[str]:
         return [f"{final}.tmp"]
     fetching = os.path.join(os.path.dirname(final), FETCHING)
     if claim.member:
-        return [os.path.join(fetching, claim.file.sector.name, f"{claim.member}.tmp")]
+        folder = os.path.join(fetching, claim.file.sector.name)
+        return [os.path.join(folder, f"{claim.member}{end}") for end in (".tmp", DATA_SUFFIX)]
     return [
         os.path.join(fetching, claim.file.sector.name),
+        os.path.join(fetching, f"{claim.file.sector.name}{DATA_SUFFIX}"),
         os.path.join(fetching, own_name(claim.file, owner, "in")),
     ]
 

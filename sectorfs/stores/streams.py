@@ -125,6 +125,11 @@ class Session:
         """Somebody reads it, or a copy is being made."""
         return self.handles > 0 or self.fill is not None
 
+    def is_idle(self) -> bool:
+        """It is there, and nobody uses it or puts it into place."""
+        finishing = self.finished is not None and not self.finished.is_set()
+        return not self.ended and not self.in_use and not finishing
+
 
 class StreamHandle:
     """An open remote file; implements `stores.protocol.StreamFile`."""
@@ -283,6 +288,12 @@ class Streams:
         """True while a file, or one in that directory, is open or coming."""
         return file in self._sessions
 
+    def let_go(self, file: SectorFile) -> None:
+        """End what only waits for its next reader."""
+        for session in tuple(self._sessions.get(file, ())):
+            if session.is_idle():
+                self._end(session)
+
     def is_filling(self, file: SectorFile) -> bool:
         """True while a copy of a file, or of one in that directory, is being made."""
         return any(session.fill is not None for session in self._sessions.get(file, ()))
@@ -412,11 +423,8 @@ class Streams:
 
     def _settle(self, session: Session) -> None:
         """End a session that nobody uses: later, when it has something to keep or to be found."""
-        if session.in_use or session.ended:
-            return
-        finishing = session.finished is not None and not session.finished.is_set()
-        if finishing:
-            return  # which comes here again
+        if not session.is_idle():
+            return  # what is being put into place comes here again
         nothing = session.is_copy or session.stream.stale or not session.done
         if nothing or self._nursery.cancel_scope.cancel_called:
             self._end(session)
@@ -426,10 +434,10 @@ class Streams:
 
     async def _linger(self, session: Session) -> None:
         try:
-            while not session.in_use:
+            while session.is_idle():
                 visits = session.visits
                 await trio.sleep(LINGER)
-                if visits != session.visits:
+                if visits != session.visits or not session.is_idle():
                     continue
                 await session.stream.arrivals.sync()
                 if visits == session.visits:
