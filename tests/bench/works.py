@@ -5,8 +5,14 @@ Every figure is a rate: more is better.
 
 from __future__ import annotations
 
-from tests.bench import codecs, local, remote, scale
+from tests.bench import codecs, local, remote, requests, scale
 from tests.bench.runner import Work
 from tests.bench.stage import Stage
 
-WORKS: tuple[Work[Stage], ...] = (*local.WORKS, *remote.WORKS, *codecs.WORKS, *scale.WORKS)
+WORKS: tuple[Work[Stage], ...] = (
+    *local.WORKS,
+    *remote.WORKS,
+    *requests.WORKS,
+    *codecs.WORKS,
+    *scale.WORKS,
+)
