@@ -397,17 +397,17 @@ async def test_a_file_that_shrinks_between_ranges_ends_the_connection(
 ) -> None:
     (tmp_path / "sealed").mkdir()
     path = tmp_path / "sealed/s-t01000-7"
-    path.write_bytes(bytes(1000))
+    path.write_bytes(bytes(1_000_000))
 
     class Shrinking(FolderFiles):
         async def open_file(self, file: SectorFile, member: str | None = None) -> OpenFile:
             opened = await super().open_file(file, member)
-            os.truncate(path, 500)
+            os.truncate(path, 500_000)
             return opened
 
     before = open_fds()
     async with served(Shrinking(tmp_path)) as node:
         with pytest.raises(Exception, match="broke off"):
-            await node.ask(SEALED, ("Range", "bytes=0-9,900-999"))
+            await node.ask(SEALED, ("Range", "bytes=0-299999,900000-900099"))
     await fds_return_to(before)
     assert "the file ended after 0 of 100 bytes" in caplog.text
