@@ -53,7 +53,7 @@ OLD_NS = 1_700_000_000_123_456_789
 """A modification time long ago, with all of its nanoseconds."""
 
 
-def configure(node: Node, **sections: dict[str, Any]) -> None:
+def configure(node: Node, /, **sections: dict[str, Any]) -> None:
     """Write a node's ``config.toml``: the quick settings, and `sections` over them."""
     node.repo.create()
     merged = {name: {**QUICK.get(name, {}), **sections.get(name, {})} for name in QUICK | sections}
