@@ -225,6 +225,9 @@ class Arrivals:
                 self._after_write()
         except SectorFSError as exc:
             self.lose_disk(exc)
+        except Exception as exc:  # the boundary of a task in the node's nursery
+            log.exception("%s: writing failed unexpectedly", self._name)
+            self.lose_disk(DiskError(f"unexpected {type(exc).__name__}", self._name))
         finally:
             self._writing = False
 
@@ -246,6 +249,9 @@ class Arrivals:
                 await self.kept.sync()
         except SectorFSError as exc:
             self.lose_disk(exc)
+        except Exception as exc:  # a boundary, as above
+            log.exception("%s: syncing failed unexpectedly", self._name)
+            self.lose_disk(DiskError(f"unexpected {type(exc).__name__}", self._name))
         finally:
             self._syncing = False
 

@@ -269,10 +269,10 @@ class Streams:
         self, session: Session, fill: _Fill, progress: Callable[[int], object] | None
     ) -> None:
         while not fill.ended.is_set():
-            with trio.move_on_after(PROGRESS_SECONDS):
-                await fill.ended.wait()
             if progress is not None:
                 progress(session.done)
+            with trio.move_on_after(PROGRESS_SECONDS):
+                await fill.ended.wait()
 
     def filling(self) -> Iterator[Session]:
         """The sessions whose copies are being made."""
@@ -346,6 +346,7 @@ class Streams:
             self._nursery.start_soon(self._finish, session, session.finished)
 
     async def _finish(self, session: Session, finished: trio.Event) -> None:
+        """The task that puts a copy into place: a boundary, it may not end the node."""
         wanted, arrivals = session.wanted, session.stream.arrivals
         kept = arrivals.kept
         try:
@@ -354,6 +355,9 @@ class Streams:
                 session.is_copy = True
         except SectorFSError as exc:
             arrivals.lose_disk(exc)
+        except Exception as exc:
+            log.exception("%s: finishing the copy failed unexpectedly", wanted.name)
+            arrivals.lose_disk(DiskError(f"unexpected {type(exc).__name__}", wanted.name))
         finally:
             finished.set()
         metrics.FETCHES.labels("done" if session.is_copy else "failed").inc()
@@ -371,6 +375,8 @@ class Streams:
                 await self._attach(session)
             except SectorFSError as exc:
                 log.warning("%s is read without being kept: %s", session.wanted.name, exc)
+            except Exception:  # the boundary of a task in the node's nursery
+                log.exception("%s is read without being kept", session.wanted.name)
 
         self._nursery.start_soon(attach)
 
