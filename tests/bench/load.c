@@ -4,6 +4,7 @@
  *   load fault  THREADS SECONDS   random page faults in a shared mapping of the first file named
  *   load open   THREADS SECONDS   open, 4 KiB, close over the files named, pass after pass
  *   load list   THREADS SECONDS   the names of the directories named, pass after pass
+ *   load wait   THREADS SECONDS   as pread, but it prints one by the seconds that all but 1 % took
  *
  * It prints how many were done in a second. What only the first time costs is done before the clock
  * starts: files are opened, `open` and `list` have made one pass. Every thread has its own files in
@@ -39,6 +40,8 @@ struct worker {
     int number;
     uint64_t random;
     uint64_t done;
+    double *waits;
+    size_t room;
 };
 
 static struct file *files;
@@ -92,6 +95,31 @@ static void do_pread(struct worker *worker)
         struct file *file = &files[below(next_random(worker), file_count)];
         read_block(file->fd, buffer, below(next_random(worker), file->blocks), file->path);
         worker->done++;
+    }
+}
+
+static double now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + (double)time.tv_nsec / 1e9;
+}
+
+static void do_wait(struct worker *worker)
+{
+    char buffer[BLOCK];
+    pthread_barrier_wait(&start);
+    while (!atomic_load_explicit(&stop, memory_order_relaxed)) {
+        struct file *file = &files[below(next_random(worker), file_count)];
+        double begin = now();
+        read_block(file->fd, buffer, below(next_random(worker), file->blocks), file->path);
+        if (worker->done == worker->room) {
+            worker->room = worker->room ? 2 * worker->room : 1024;
+            worker->waits = realloc(worker->waits, worker->room * sizeof *worker->waits);
+            if (!worker->waits)
+                fail("remember", "a wait");
+        }
+        worker->waits[worker->done++] = now() - begin;
     }
 }
 
@@ -197,6 +225,7 @@ static const struct work {
     {"fault", do_fault, 1},
     {"open", do_open, 0},
     {"list", do_list, 0},
+    {"wait", do_wait, 1},
 };
 
 static const struct work *chosen;
@@ -243,11 +272,26 @@ static void open_all(void)
     }
 }
 
-static double now(void)
+static int ascending(const void *one, const void *other)
 {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (double)time.tv_sec + (double)time.tv_nsec / 1e9;
+    double a = *(const double *)one, b = *(const double *)other;
+    return (a > b) - (a < b);
+}
+
+/* One by the seconds within which all but 1 % of the reads of all workers were done. */
+static double slowest(const struct worker *workers, uint64_t done)
+{
+    double *all = malloc((done + 1) * sizeof *all);
+    uint64_t count = 0;
+    if (!all || !done)
+        fail("measure", "nothing");
+    for (int i = 0; i < thread_count; i++)
+        for (uint64_t j = 0; j < workers[i].done; j++)
+            all[count++] = workers[i].waits[j];
+    qsort(all, count, sizeof *all, ascending);
+    double wait = all[count - 1 - count / 100];
+    free(all);
+    return 1 / wait;
 }
 
 int main(int count, char **arguments)
@@ -258,7 +302,7 @@ int main(int count, char **arguments)
     thread_count = chosen ? atoi(arguments[2]) : 0;
     double seconds = chosen ? atof(arguments[3]) : 0;
     if (thread_count < 1 || thread_count > 1024 || !(seconds > 0)) {
-        fprintf(stderr, "usage: load pread|fault|open|list THREADS SECONDS < NAMES\n");
+        fprintf(stderr, "usage: load pread|fault|open|list|wait THREADS SECONDS < NAMES\n");
         return 2;
     }
     read_names();
@@ -283,6 +327,8 @@ int main(int count, char **arguments)
         pthread_join(workers[i].thread, NULL);
         done += workers[i].done;
     }
-    printf("%.1f\n", (double)done / (now() - begin));
+    double seconds_taken = now() - begin;
+    double rate = chosen->run == do_wait ? slowest(workers, done) : (double)done / seconds_taken;
+    printf("%.1f\n", rate);
     return 0;
 }

@@ -40,7 +40,9 @@ def said(*command: str | Path, given: str = "") -> str:
 
 
 @contextmanager
-def running(*command: str, log: Path, ready: Callable[[], bool]) -> Iterator[None]:
+def running(
+    *command: str, log: Path, ready: Callable[[], bool]
+) -> Iterator[subprocess.Popen[bytes]]:
     """A program in the foreground until the end of the block; it dies with this process."""
     with log.open("wb") as sink:
         process = subprocess.Popen(
@@ -58,7 +60,7 @@ def running(*command: str, log: Path, ready: Callable[[], bool]) -> Iterator[Non
 
     try:
         until(f"{command[0]} to be ready", up)
-        yield
+        yield process
     finally:
         process.terminate()
         try:

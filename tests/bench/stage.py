@@ -10,8 +10,10 @@ import getpass
 import itertools
 import os
 import random
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar, cast
@@ -19,7 +21,7 @@ from typing import TypeVar, cast
 from tests.bench import processes
 from tests.bench.processes import listening, mounted, program, running
 from tests.cluster import Node, until
-from tests.cluster_fixtures import free_port
+from tests.cluster_fixtures import free_port, unmount
 
 T = TypeVar("T")
 
@@ -43,8 +45,15 @@ INDEX = 2 * GIB
 """An Index of a million sectors."""
 NEEDED = BIG + PROOF * PROOF_SIZE + 3 * FETCHED + INDEX + GIB
 """Free bytes the directory must have: all this, two copies of the fetched file, and some air."""
+COLD = GIB
+"""Bytes of a sparse file that nobody has read."""
+LONG = 4 * GIB
+"""The same of one that is read whole."""
+AT_ONCE = 1024
+"""So many cold files are made at a time: each time, every mount has to learn of them."""
 BIG_DIR, LISTED_DIR, OPENED_DIR, PROOF_DIR = "update", "sealed", "unsealed", "piece"
 """Type directories with the big files, the listed and the opened ones, and those open at once."""
+COLD_DIR = "key"
 BIG_FILE = Path(BIG_DIR) / "s-t01000-0"
 LOAD = Path(__file__).with_name("load.c")
 MERGERFS = {
@@ -64,6 +73,8 @@ class Stage:
         self._stack = ExitStack()
         self._made: dict[str, object] = {}
         self._links = itertools.count(2)
+        self._cold: dict[int, list[str]] = {}
+        self._cold_numbers = itertools.count()
 
     def __enter__(self) -> Stage:
         return self
@@ -139,6 +150,34 @@ class Stage:
         path.write_bytes(random.Random(2).randbytes(PAYLOAD))
         return path
 
+    def cold(self, count: int, size: int = COLD) -> list[str]:
+        """Names of sparse files below `COLD_DIR` that nobody has opened."""
+        pool = self._cold.setdefault(size, [])
+        if len(pool) < count:
+            pool += self._make_cold(max(count, AT_ONCE * COLD // size), size)
+        taken, self._cold[size] = pool[:count], pool[count:]
+        return taken
+
+    def _make_cold(self, count: int, size: int) -> list[str]:
+        mountpoint = self.fetcher.mountpoint
+        folder = self.disk / COLD_DIR
+        folder.mkdir(exist_ok=True)
+        names = [f"s-t01000-{next(self._cold_numbers)}" for _ in range(count)]
+        for name in names:
+            with (folder / name).open("wb") as file:
+                file.truncate(size)
+
+        def seen() -> bool:
+            try:
+                return set(names) <= set(os.listdir(mountpoint / COLD_DIR))
+            except FileNotFoundError:
+                return False
+
+        until("the cold files to be seen", seen, 120)
+        if "rclone" in self._made:
+            self.rclone[0].send_signal(signal.SIGHUP)  # it keeps listings
+        return names
+
     def next_link(self) -> str:
         """The name of a big file that nobody has fetched."""
         return f"s-t01000-{next(self._links)}"
@@ -174,6 +213,8 @@ class Stage:
         holder = self.holder
         node = Node(self.root, "fetcher")
         self._stack.callback(node.end)
+        node.repo.create()
+        node.repo.config_toml.write_text(f'[fetch]\npolicy = {{ {COLD_DIR} = "stream" }}\n')
         node.start(mount=True, index=holder)
         self._wait_for_files(node)
         return node
@@ -235,6 +276,27 @@ class Stage:
             ),
         )
         return f"http://127.0.0.1:{port}"
+
+    @property
+    def rclone(self) -> tuple[subprocess.Popen[bytes], Path]:
+        """The storage path through rclone's mount of that server: its process, and where."""
+        return self.enter("rclone", self._rclone)
+
+    @contextmanager
+    def _rclone(self) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+        at, cache = self.root / "rclone", self.root / "rclone-cache"
+        at.mkdir()
+        with running(
+            *(program("rclone"), "mount", ":webdav:", str(at), f"--webdav-url={self.webdav}"),
+            *("--config=/dev/null", "--vfs-cache-mode=full", f"--cache-dir={cache}"),
+            *("--read-only", "--dir-cache-time=24h"),
+            log=self.root / "rclone.log",
+            ready=lambda: os.path.ismount(at),
+        ) as process:
+            try:
+                yield process, at
+            finally:
+                unmount(at)
 
     @property
     def sshfs(self) -> Path:

@@ -5,7 +5,7 @@ Every figure is a rate: more is better.
 
 from __future__ import annotations
 
-from tests.bench import codecs, local, remote, requests, scale
+from tests.bench import codecs, local, remote, requests, scale, streams
 from tests.bench.runner import Work
 from tests.bench.stage import Stage
 
@@ -13,6 +13,7 @@ WORKS: tuple[Work[Stage], ...] = (
     *local.WORKS,
     *remote.WORKS,
     *requests.WORKS,
+    *streams.WORKS,
     *codecs.WORKS,
     *scale.WORKS,
 )
