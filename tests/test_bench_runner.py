@@ -605,7 +605,7 @@ def run(*arguments: str) -> int:
 
 
 def test_list_shows_the_rows_and_measures_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--list", "-k", "fetch") == 0
+    assert run("--list", "--only", "fetch") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["fetch"] * 5
     assert "curl -o, sync" in lines[1]
