@@ -351,9 +351,7 @@ async def test_opens_that_python_never_saw_are_counted(fixture: Fixture) -> None
 
 
 @pytest.mark.parametrize("proved", [True, False])
-async def test_what_is_open_is_told_from_what_is_only_kept(
-    fixture: Fixture, proved: bool
-) -> None:
+async def test_what_is_open_is_told_from_what_is_only_kept(fixture: Fixture, proved: bool) -> None:
     """Whoever evicts copies asks: what is open stays, what is kept is closed first."""
     fixture.disk.proved = proved
     assert fixture.handles.in_hand(HERE) == {}

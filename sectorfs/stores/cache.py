@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 60.0
 """So often the limits are looked after, and use is written down."""
+RETRY_SECONDS = 5.0
+"""The same while the disk or the Index fails."""
 ROOM_PATIENCE = 60.0
 """So long a fetch waits for room; it goes on without keeping what comes, or fails."""
 FAILURES = 8
@@ -147,13 +149,15 @@ class CacheKeeper:
         """Keep the limits, and the notes, until cancelled."""
         try:
             while True:
-                await self._tend()
-                await trio.sleep(LOOK_SECONDS)
+                fine = await self._tend()
+                await trio.sleep(LOOK_SECONDS if fine else RETRY_SECONDS)
         finally:
             with trio.move_on_after(STOP_PATIENCE, shield=True):
                 await self.notes.write_down()
 
-    async def _tend(self) -> None:
+    async def _tend(self) -> bool:
+        """One look; False when it failed."""
+        fine = False
         try:
             if not self.notes.known:
                 await self.notes.read()
@@ -163,11 +167,13 @@ class CacheKeeper:
                 self._tell("")
             else:
                 self._tell("it is over its limits, and nothing more may go")
+            fine = True
         except SectorFSError as exc:
             self._tell(str(exc))
         except Exception:  # the boundary of a task in the node's nursery
             log.exception("looking after the cache path failed")
         await self.notes.write_down()
+        return fine
 
     async def _keep_limits(self) -> bool:
         if not await self._needed(0):
