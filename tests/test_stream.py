@@ -448,6 +448,7 @@ async def test_a_full_disk_does_not_end_the_reading(
         raise DiskFull("no room", self.path)
 
     monkeypatch.setattr(PartialFile, "write", full)
+    monkeypatch.setattr(arrivals, "WRITE_FROM", 1)
     for at in range(PIECE, 20 * PIECE, 5 * PIECE):
         assert await reader.read(at, 10) == content(at, at + 10)
     await until(lambda: reader.stream.arrivals.kept is None)

@@ -1,7 +1,7 @@
 """The bytes of one remote file on this node: those on disk, and those that have only just come.
 
 What comes answers its readers from memory at once; a partial file, as soon as there is one, takes
-it behind them. When the cache path cannot (full, read-only, hung) reading goes on from memory
+it behind them, many small pieces at a time. When the cache path cannot (full, read-only, hung) reading goes on from memory
 alone: the oldest bytes go when there are too many, and are asked for again if need be.
 """
 
@@ -26,6 +26,8 @@ FILE_MEMORY = 16 << 20
 """Bytes of one file kept in memory at most, beside those that a reader just waits for."""
 NODE_MEMORY = 256 << 20
 """The same for all open files of the node."""
+WRITE_FROM = 1 << 20
+"""Bytes that are written at a time: a thread for each small piece costs more than its bytes."""
 SYNC_EVERY = 16 << 20
 """Bytes after which what came is made durable: so much is asked for again after a crash."""
 READ_NOWAIT = 1 << 20
@@ -62,6 +64,7 @@ class Arrivals:
         self._there = Intervals()
         self._nowait = True  # until the file system says that it knows no RWF_NOWAIT
         self._writing = False
+        self._one_writes = trio.Lock()
         self._syncing = False
         self.on_whole: Callable[[], object] = lambda: None
         """Called when the last byte is on disk."""
@@ -94,10 +97,8 @@ class Arrivals:
         self.kept = kept
         for start, end in kept.present:
             self._there.add(start, end)
-        if self._fresh:
-            self._write_behind()
-        else:
-            self._after_write()
+        self._write_behind()
+        self._after_write()
 
     def came(self, offset: int, data: bytes) -> None:
         """Bytes came into memory."""
@@ -105,8 +106,7 @@ class Arrivals:
         self._fresh[offset] = data = max(old, data, key=len)
         self._hold(len(data) - len(old))
         self._there.add(offset, offset + len(data))
-        if self.kept is not None:
-            self._write_behind()
+        self._write_behind()
         if self._fresh_bytes > FILE_MEMORY or self._memory.is_short:
             self._shrink()
 
@@ -116,6 +116,7 @@ class Arrivals:
             self.kept.arrived(start, end)
             self._there.add(start, end)
             self._after_write()
+            self._write_behind()
 
     def take_nowait(self, start: int, end: int) -> bytes | memoryview | None:
         """These bytes if that takes no thread; a view is good until the caller's next `await`."""
@@ -207,12 +208,27 @@ class Arrivals:
                 self._there.add(start, end)
 
     def _write_behind(self) -> None:
-        if not self._writing:
+        """Write what came once it is much, or the last that was missing."""
+        if self._writing or not self._fresh or self.kept is None:
+            return
+        if self._fresh_bytes >= WRITE_FROM or self._there.total == self.kept.identity.size:
             self._writing = True
-            self._nursery.start_soon(self._write_all)
+            self._nursery.start_soon(self._write_task)
+
+    async def _write_task(self) -> None:
+        """A boundary: it may not end the node."""
+        try:
+            await self._write_all()
+        except SectorFSError as exc:
+            self.lose_disk(exc)
+        except Exception as exc:
+            log.exception("%s: writing failed unexpectedly", self._name)
+            self.lose_disk(DiskError(f"unexpected {type(exc).__name__}", self._name))
+        finally:
+            self._writing = False
 
     async def _write_all(self) -> None:
-        try:
+        async with self._one_writes:
             while self._fresh and self.kept is not None:
                 batch = list(self._fresh.items())
                 await self.kept.write(batch)
@@ -223,13 +239,6 @@ class Arrivals:
                     if self.kept is not None:
                         self._there.add(offset, offset + len(data))
                 self._after_write()
-        except SectorFSError as exc:
-            self.lose_disk(exc)
-        except Exception as exc:  # the boundary of a task in the node's nursery
-            log.exception("%s: writing failed unexpectedly", self._name)
-            self.lose_disk(DiskError(f"unexpected {type(exc).__name__}", self._name))
-        finally:
-            self._writing = False
 
     def _after_write(self) -> None:
         kept = self.kept
@@ -245,6 +254,7 @@ class Arrivals:
     async def sync(self) -> None:
         """Make what came durable; failures end the keeping."""
         try:
+            await self._write_all()
             if self.kept is not None:
                 await self.kept.sync()
         except SectorFSError as exc:
