@@ -30,7 +30,6 @@ from tests.cluster_fixtures import (
     free_port,
     leftovers,
     locations,
-    metric,
     mounted,
     noise,
     octets,

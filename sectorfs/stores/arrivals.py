@@ -1,8 +1,9 @@
 """The bytes of one remote file on this node: those on disk, and those that have only just come.
 
 What comes answers its readers from memory at once; a partial file, as soon as there is one, takes
-it behind them, many small pieces at a time. When the cache path cannot (full, read-only, hung) reading goes on from memory
-alone: the oldest bytes go when there are too many, and are asked for again if need be.
+it behind them, many small pieces at a time. When the cache path cannot (full, read-only, hung)
+reading goes on from memory alone: the oldest bytes go when there are too many, and are asked for
+again if need be.
 """
 
 from __future__ import annotations
@@ -247,7 +248,12 @@ class Arrivals:
         if kept.is_whole:
             self.on_whole()
             self.on_change()
-        elif kept.unsynced >= SYNC_EVERY and not self._syncing:
+        else:
+            self._sync_if_due()
+
+    def _sync_if_due(self) -> None:
+        kept = self.kept
+        if kept is not None and kept.unsynced >= SYNC_EVERY and not self._syncing:
             self._syncing = True
             self._nursery.start_soon(self.sync)
 
@@ -264,6 +270,7 @@ class Arrivals:
             self.lose_disk(DiskError(f"unexpected {type(exc).__name__}", self._name))
         finally:
             self._syncing = False
+        self._sync_if_due()  # much may have come meanwhile
 
 
 def _read(descriptor: Descriptor, start: int, end: int) -> bytes:
