@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sectorfs.index.protocol import Declaration, FsStat, StorageInfo, StorageStatus
-from sectorfs.stores.sources import LATENCY_STEP, LocalSource, PeerSource, View, rank
+from sectorfs.stores.sources import LATENCY_STEP, LocalSource, PeerSource, View, rank, sharing
 from sectorfs.types import Facts, FileType, SectorFile, SectorID, StorageID
 
 FILE = SectorFile(FileType.SEALED, SectorID(1000, 7))
@@ -39,12 +39,11 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
         return (f"http://{self.name}/remote",) if self.urls is None else self.urls
 
 
-def ranked(*held: Held) -> tuple[list[str], list[str]]:
-    """Names of the local sources (``+`` when shared) and hosts of the peers, best first."""
+def view_of(*held: Held) -> View:
     by_name = {StorageID(one.name): one for one in held}
     # A URL belongs to a node, and several storages: what is known of it does not depend on order.
     by_url = {url: one for _, one in sorted(by_name.items()) for url in one.all_urls}
-    view = View(
+    return View(
         here=frozenset(name for name, one in by_name.items() if one.here),
         own_urls=frozenset((OWN,)),
         storage=lambda storage: status(by_name[storage]) if storage in by_name else None,
@@ -52,7 +51,11 @@ def ranked(*held: Held) -> tuple[list[str], list[str]]:
         latency=lambda url: by_url[url].latency,
         failing=lambda url: by_url[url].failing,
     )
-    local, peers = rank([declared(one) for one in held], view)
+
+
+def ranked(*held: Held) -> tuple[list[str], list[str]]:
+    """Names of the local sources (``+`` when shared) and hosts of the peers, best first."""
+    local, peers = rank([declared(one) for one in held], view_of(*held))
     assert all(isinstance(source, LocalSource) for source in local)
     assert all(isinstance(source, PeerSource) for source in peers)
     return (
@@ -215,3 +218,18 @@ def test_order_is_total(held: Sequence[Held], random: object) -> None:
     local, peers = ranked(*held)
     assert "own" not in peers
     assert {name.rstrip("+") for name in local} <= {one.name for one in held if one.here}
+
+
+def test_only_what_is_well_and_surely_alike_shares_a_file() -> None:
+    held = (
+        Held(name="first"),
+        Held(name="copy", primary=False),
+        Held(name="ill", healthy=False),
+        Held(name="failing", failing=True),
+        Held(name="other", facts=Facts(FACTS.size, FACTS.mtime_ns - 10**9)),
+        Held(name="untold", facts=None),
+        Held(name="own", urls=(OWN,)),
+    )
+    found = sharing([declared(one) for one in held], view_of(*held))
+    assert {source.storage for source in found} == {"first", "copy"}
+    assert {source.url for source in found} == {"http://first/remote", "http://copy/remote"}

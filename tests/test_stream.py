@@ -49,6 +49,7 @@ class Sources:
 
     def __init__(self) -> None:
         self.ranked = [ONE]
+        self.sharing: set[PeerSource] = set()
         self.gate = Gate(4, reserved=1)
         self.asked: list[tuple[PeerSource, list[tuple[int, int]]]] = []
         self.failures: dict[PeerSource, SectorFSError] = {}
@@ -149,6 +150,7 @@ async def started(
         there,
         carrier=sources,
         sources=lambda: sources.ranked,
+        sharing=lambda: sources.sharing,
         failed=lambda source, _: sources.failed.append(source),
         nursery=nursery,
     )
@@ -363,6 +365,27 @@ async def test_a_fill_brings_the_rest_and_never_delays_a_reader(reader: Reader) 
     await kept.finish(reader.root / "whole")
     assert (reader.root / "whole").read_bytes() == content(0, SIZE)
     assert sum(end - start for start, end in reader.sources.spans()) == SIZE
+
+
+async def test_sources_that_are_alike_share_a_fill(reader: Reader) -> None:
+    sources = reader.sources
+    sources.ranked = [ONE, TWO, THREE]
+    sources.sharing = {ONE, THREE}
+    await reader.read(0, 10)
+    await reader.stream.fill()
+    by = [source for source, _ in sources.asked]
+    assert by[0] is ONE, "readers take the best"
+    assert set(by) == {ONE, THREE}
+    assert sum(end - start for start, end in sources.spans()) == SIZE
+
+
+async def test_a_fill_goes_past_one_that_fails(reader: Reader) -> None:
+    sources = reader.sources
+    sources.ranked = [ONE, TWO]
+    sources.sharing = {ONE, TWO}
+    sources.failures[TWO] = SourceFailed("bad", TWO.url)
+    await reader.stream.fill()
+    assert reader.stream.arrivals.is_whole
 
 
 async def test_a_fill_without_sources_ends_with_the_reason(reader: Reader) -> None:

@@ -14,7 +14,7 @@ from sectorfs.errors import NotFound, SectorFSError
 from sectorfs.index.catalog import Catalog, Entry
 from sectorfs.stores.local import LocalStore
 from sectorfs.stores.prospects import Failure, Outlook, OwnPath, Prospect, prospects
-from sectorfs.stores.sources import LocalSource, PeerSource, View, rank
+from sectorfs.stores.sources import LocalSource, PeerSource, View, rank, sharing
 from sectorfs.stores.transfer import PeerClient
 from sectorfs.types import StorageID
 
@@ -48,6 +48,10 @@ class Ranking:
     def of(self, entry: Entry) -> tuple[list[LocalSource], list[PeerSource]]:
         """The copies on this node, and those of peers."""
         return rank(entry.declarations, self._view())
+
+    def sharing(self, entry: Entry) -> frozenset[PeerSource]:
+        """The peers that may give parts of one file side by side."""
+        return sharing(entry.declarations, self._view())
 
     def prospects(self, entry: Entry, silent: Callable[[PeerSource], str]) -> list[Prospect]:
         """The same for people: every copy, and what speaks against it."""

@@ -110,6 +110,7 @@ class RemoteStore:
             Surroundings(
                 carrier=self._carrier,
                 sources=self._peers_with,
+                sharing=self._peers_sharing,
                 failed=self._ranking.failed,
                 reserve=room.reserve,
                 whole=self._landed,
@@ -397,6 +398,10 @@ class RemoteStore:
     def _peers_with(self, file: SectorFile) -> Sequence[PeerSource]:
         entry = self._catalog.entry(file)
         return self._ranking.of(entry)[1] if entry is not None else ()
+
+    def _peers_sharing(self, file: SectorFile) -> frozenset[PeerSource]:
+        entry = self._catalog.entry(file)
+        return self._ranking.sharing(entry) if entry is not None else frozenset()
 
     def _no_source(
         self, file: SectorFile, member: str | None, causes: Sequence[BaseException]

@@ -78,5 +78,19 @@ def rank(
     )
 
 
+def sharing(declarations: Sequence[Declaration], view: View) -> frozenset[PeerSource]:
+    """The peers that may give parts of one file side by side: well, and surely alike."""
+    facts = content.present_facts(declarations)
+    found = set()
+    for declaration in content.eligible(declarations):
+        if not _exact(declaration, facts) or not view.healthy(declaration.storage):
+            continue
+        status = view.storage(declaration.storage)
+        for url in status.info.urls if status else ():
+            if url not in view.own_urls and not view.failing(url):
+                found.add(PeerSource(declaration.storage, url))
+    return frozenset(found)
+
+
 def _exact(declaration: Declaration, facts: Facts | None) -> bool:
     return facts is None or content.exact(declaration, facts)

@@ -5,6 +5,8 @@ A read waits for exactly its own bytes. What is missing of them is asked for at 
 readers in sequence, and behind all of them when a copy is wanted, larger ranges come straight into
 the partial file. A range in flight is never asked for twice: whoever needs it waits with the first.
 
+A copy is filled from all sources that are surely alike.
+
 A source that fails in the middle costs only what had not come: the next one goes on at that byte. A
 source that gives another content than the file had at its open is left; when no other has the old
 one, readers get `Stale`, never a mixture.
@@ -16,7 +18,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Protocol
 
@@ -92,6 +95,7 @@ class _Request:
         self.priority = priority
         self.waiters = 0
         self.queued = True
+        self.source: PeerSource | None = None
         self.moved = trio.Event()
         self.ended = False
         self.scope = trio.CancelScope()
@@ -123,6 +127,7 @@ class Stream:
         *,
         carrier: Carrier,
         sources: Callable[[], Sequence[PeerSource]],
+        sharing: Callable[[], Collection[PeerSource]],
         failed: Callable[[PeerSource, SectorFSError], object],
         nursery: trio.Nursery,
     ) -> None:
@@ -133,6 +138,7 @@ class Stream:
         """That answered last."""
         self._carrier = carrier
         self._sources = sources
+        self._sharing = sharing
         self._failed = failed
         self._nursery = nursery
         self._ranked: Sequence[PeerSource] = ()
@@ -312,7 +318,8 @@ class Stream:
         """Get a range from source after source."""
         causes: list[SectorFSError] = []
         tried: set[PeerSource] = set()
-        while (source := self._next_source(tried)) is not None:
+        while (source := self._next_source(tried, request.priority)) is not None:
+            request.source = source
             try:
                 async with self._carrier.place(source, request.priority):
                     if request.leader is not None:
@@ -336,11 +343,17 @@ class Stream:
                 log.info("%s: source %s failed: %s", self.name, source.url, exc)
         raise self._verdict(causes)
 
-    def _next_source(self, tried: set[PeerSource]) -> PeerSource | None:
+    def _next_source(self, tried: set[PeerSource], priority: Priority) -> PeerSource | None:
+        """The best one; a copy is filled from all that are as good, by how much each does."""
         now = trio.current_time()
         if now - self._ranked_at > SOURCES_SECONDS:
             self._ranked, self._ranked_at = self._sources(), now
-        return next((one for one in self._ranked if one not in tried), None)
+        left = [one for one in self._ranked if one not in tried]
+        if priority is Priority.FILL and len(left) > 1:
+            alike = self._sharing()
+            busy = Counter(one.source for one in self._requests)
+            return min([one for one in left if one in alike] or left[:1], key=busy.__getitem__)
+        return left[0] if left else None
 
     def _verdict(self, causes: Sequence[SectorFSError]) -> SectorFSError:
         changed = next((cause for cause in causes if isinstance(cause, Stale)), None)

@@ -12,7 +12,7 @@ on reading the same file; the next open after the last of them finds the whole c
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 
 import msgspec
@@ -75,6 +75,9 @@ class Surroundings(msgspec.Struct, frozen=True):
 
     carrier: Callable[[Wanted], Carrier]
     sources: Callable[[SectorFile], Sequence[PeerSource]]
+    """Best first."""
+    sharing: Callable[[SectorFile], Collection[PeerSource]]
+    """Those of them that may fill one file side by side."""
     failed: Callable[[PeerSource, SectorFSError], object]
     reserve: Callable[[SectorFile, str | None, int], AbstractAsyncContextManager[None]]
     whole: Callable[[SectorFile, Facts], object]
@@ -420,6 +423,7 @@ class Streams:
             Arrivals(wanted.name, self._copies.lane, self._nursery, self._memory),
             carrier=around.carrier(wanted),
             sources=lambda: around.sources(wanted.file),
+            sharing=lambda: around.sharing(wanted.file),
             failed=around.failed,
             nursery=self._nursery,
         )
