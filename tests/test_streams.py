@@ -16,6 +16,7 @@ from sectorfs.errors import DiskFull, NoSource, NotFound, Stale
 from sectorfs.stores import copies as copies_module
 from sectorfs.stores import fetch_rules, streams
 from sectorfs.stores.blocks import PIECE
+from sectorfs.stores.cache_room import CacheRoom
 from sectorfs.stores.copies import Copies
 from sectorfs.stores.protocol import OpenFile, StreamFile
 from sectorfs.types import FileType
@@ -325,6 +326,33 @@ async def test_without_room_it_is_read_from_memory_and_no_copy_is_made(
         assert w.fetching() == []
         with pytest.raises(DiskFull):
             await w.store.fetch(SEALED)
+        file.close()
+
+
+@pytest.mark.parametrize("may", [True, False])
+async def test_what_is_only_read_grows_within_the_limits_of_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, may: bool
+) -> None:
+    asked_for: list[int] = []
+
+    async def grow(self: CacheRoom, size: int) -> bool:
+        asked_for.append(size)
+        return may
+
+    monkeypatch.setattr(CacheRoom, "grow", grow)
+    monkeypatch.setattr(streams, "ROOM_STEP", 8 * PIECE)
+    async with world(tmp_path) as w:
+        [peer] = w.peers.values()
+        unsealed = sector_file(FileType.UNSEALED)
+        await w.hold(peer, unsealed, DATA)
+        file = await w.store.open(unsealed)
+        assert not isinstance(file, OpenFile)
+        for at in range(0, 36 * PIECE, PIECE):
+            assert await read(file, at, PIECE) == DATA[at : at + PIECE]
+            await trio.testing.wait_all_tasks_blocked()
+        assert set(asked_for) == {8 * PIECE}
+        assert len(asked_for) > 1 if may else len(asked_for) == 1
+        assert ("no room for more of it" in caplog.text) is not may
         file.close()
 
 

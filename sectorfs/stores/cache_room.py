@@ -79,6 +79,10 @@ class CacheRoom:
                     log.debug("%s: nothing reserved: %s", file, exc)
             yield
 
+    async def grow(self, size: int) -> bool:
+        """Whether so much more may stay of what is only read, copies being evicted if need be."""
+        return self._keeper is None or await self._keeper.make_room(size)
+
     async def _make(self, file: SectorFile, member: str | None, size: int, patience: float) -> bool:
         """Have copies evicted, if need be, for what is still to come of a file."""
         if self._keeper is None:

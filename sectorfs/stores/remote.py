@@ -113,6 +113,7 @@ class RemoteStore:
                 sharing=self._peers_sharing,
                 failed=self._ranking.failed,
                 reserve=room.reserve,
+                grow=room.grow,
                 whole=self._landed,
             ),
         )

@@ -12,7 +12,7 @@ on reading the same file; the next open after the last of them finds the whole c
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 
 import msgspec
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 KEEP_FROM = 512 << 10
 """Bytes of a file up to which what came stays in memory: most proofs read less."""
+ROOM_STEP = 64 << 20
+"""Bytes of a file after which it is asked again whether there is room for more of it."""
 LINGER = 5.0
 """For so long a session without readers stays, for the next one."""
 PROGRESS_SECONDS = 0.5
@@ -80,6 +82,8 @@ class Surroundings(msgspec.Struct, frozen=True):
     """Those of them that may fill one file side by side."""
     failed: Callable[[PeerSource, SectorFSError], object]
     reserve: Callable[[SectorFile, str | None, int], AbstractAsyncContextManager[None]]
+    grow: Callable[[int], Awaitable[bool]]
+    """Whether so many more bytes of files that are only read may stay on disk."""
     whole: Callable[[SectorFile, Facts], object]
     """Told of each file that is a whole copy now."""
 
@@ -112,6 +116,9 @@ class Session:
         self.fill: _Fill | None = None
         self.fill_after = 0.0
         """No copy is begun unasked before."""
+        self.allowed = ROOM_STEP
+        """Bytes that may stay on disk before room is asked for."""
+        self.growing = False
         self.finished: trio.Event | None = None
         """Made when the last byte came, set when the copy has its name."""
         self.is_copy = False
@@ -239,6 +246,9 @@ class Streams:
         """A reader got something."""
         if not session.attached and session.done >= KEEP_FROM:
             self._attach_soon(session)
+        if session.done >= session.allowed and not session.growing and session.fill is None:
+            session.growing = True
+            self._nursery.start_soon(self._grow, session)
         if session.fill is None and session.wanted.fills and self._now() >= session.fill_after:
             present, size = session.done, session.wanted.size
             if is_worth_a_copy(streak=window.streak, present=present, size=size):
@@ -382,6 +392,18 @@ class Streams:
                 log.exception("%s is read without being kept", session.wanted.name)
 
         self._nursery.start_soon(attach)
+
+    async def _grow(self, session: Session) -> None:
+        """Ask for room for more of what is read; a boundary, like `_attach_soon`."""
+        full = DiskFull("no room for more of it", self._copies.root, "make room in the cache path")
+        try:
+            if await self._around.grow(ROOM_STEP):
+                session.allowed = session.done + ROOM_STEP
+                session.growing = False
+            else:
+                session.stream.arrivals.lose_disk(full)
+        except Exception:
+            log.exception("%s: asking for room failed unexpectedly", session.wanted.name)
 
     async def _attach(self, session: Session) -> None:
         """Give a session its partial file, unless it has one."""
