@@ -390,7 +390,7 @@ def test_a_copy_that_was_tampered_with_is_fetched_again(
     live: Live, damage: str, member: str | None
 ) -> None:
     _, second, disk = live
-    sector = f"s-t01000-61{len(damage)}"
+    sector = f"s-t01000-61{['removed', 'cut', 'changed'].index(damage)}"
     name = f"cache/{sector}/{member}" if member else f"sealed/{sector}"
     data = noise(name, 50_000)
     write(disk / name, data)

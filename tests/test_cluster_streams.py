@@ -139,7 +139,6 @@ def test_a_fill_killed_half_way_goes_on_where_it_was(pair: Pair) -> None:
         stream.read(8 << 20)
         reading = Background(lambda: stream.read(size))
         until("half of it", lambda: pair.fetched() > size / 2)
-        before = pair.fetched()
         pair.reader.kill()
         reading.result()
     there = sum(
@@ -155,7 +154,7 @@ def test_a_fill_killed_half_way_goes_on_where_it_was(pair: Pair) -> None:
         for at in range(0, size, STEP):
             assert os.pread(stream.fileno(), 4096, at) == noise(str(at), 4096)
         seen("the copy", lambda: cache_of(pair.reader) in locations(pair.owner, name), 60)
-    assert before + pair.fetched() < size * 1.05 + (32 << 20)
+    assert pair.fetched() < size * 0.8
     assert leftovers(pair.reader) == []
 
 
