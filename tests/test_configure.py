@@ -151,6 +151,7 @@ async def test_dead_storage_is_not_judged_by_an_old_catalog(
         caught_up=caught_up,
         state=None,
         moves=None,  # type: ignore[arg-type]  # nothing is moved
+        caching=None,
     )
     with pytest.raises(TimedOut, match="behind the Index"):
         await admin.detach("dead", force=True)
