@@ -55,7 +55,7 @@ class PeersConfig(_Section, frozen=True):
 
     token_file: str = ""
     parallel: _Count = 8
-    """Whole-file fetches at a time on this node."""
+    """Requests at a time to one storage of a peer that no reader waits for."""
     max_rate: str = "0"
     """Bytes a second from each peer, like ``100MB``; ``0`` for no limit. Readers never wait."""
 
