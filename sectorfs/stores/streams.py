@@ -246,9 +246,7 @@ class Streams:
         """A reader got something."""
         if not session.attached and session.done >= KEEP_FROM:
             self._attach_soon(session)
-        if session.done >= session.allowed and not session.growing and session.fill is None:
-            session.growing = True
-            self._nursery.start_soon(self._grow, session)
+        self._grow_soon(session)
         if session.fill is None and session.wanted.fills and self._now() >= session.fill_after:
             present, size = session.done, session.wanted.size
             if is_worth_a_copy(streak=window.streak, present=present, size=size):
@@ -392,6 +390,13 @@ class Streams:
                 log.exception("%s is read without being kept", session.wanted.name)
 
         self._nursery.start_soon(attach)
+
+    def _grow_soon(self, session: Session) -> None:
+        if session.growing or session.fill is not None or session.done < session.allowed:
+            return
+        if session.stream.arrivals.kept is not None:
+            session.growing = True
+            self._nursery.start_soon(self._grow, session)
 
     async def _grow(self, session: Session) -> None:
         """Ask for room for more of what is read; a boundary, like `_attach_soon`."""
