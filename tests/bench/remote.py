@@ -11,27 +11,22 @@ from pathlib import Path
 from tests.bench.processes import program, seconds
 from tests.bench.runner import Side, Work
 from tests.bench.stage import BIG_DIR, FETCHED, Stage
-from tests.cluster import until
+from tests.cluster_fixtures import ask, sector_file
 
 MB = 1e6
-BLOCK = 4096
 
 
 def fetch_sectorfs(stage: Stage) -> float:
-    """From the open until the copy is whole, synced and in its place."""
+    """As ``sectorfs sector fetch``: until the copy is whole, synced and in its place."""
     node = stage.fetcher
-    name = Path(BIG_DIR) / stage.next_link()
+    name = f"{BIG_DIR}/{stage.next_link()}"
     copy = node.repo.cache_path(node.repo.config()) / name
-
-    def whole() -> bool:
-        return copy.exists() and copy.stat().st_size == FETCHED
-
     os.sync()
     start = time.perf_counter()
-    with (node.mountpoint / name).open("rb") as file:
-        file.read(BLOCK)
-        until(f"{copy} to be whole", whole)
-        elapsed = time.perf_counter() - start
+    ask(node, lambda admin: admin.caching.fetch(sector_file(name)))
+    elapsed = time.perf_counter() - start
+    if copy.stat().st_size != FETCHED:
+        raise ValueError(f"{copy}: {copy.stat().st_size} bytes came")
     copy.unlink()
     return FETCHED / MB / elapsed
 
