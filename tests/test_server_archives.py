@@ -240,7 +240,7 @@ async def test_a_client_that_goes_away_leaves_nothing_open(tmp_path: Path) -> No
             )
             assert await client.stream.receive_some()
             assert any("layer-1" in name for name in await _opened("layer-1"))
-        await wait_until(lambda: not any("s-t01000-7" in name for name in open_fds()))
+        await wait_until(lambda: not any(str(tmp_path) in name for name in open_fds()))
     await fds_return_to(before)
 
 
