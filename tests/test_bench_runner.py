@@ -687,7 +687,7 @@ def test_every_row_is_measured_or_left_out(
     tmp_path: Path, benchmark: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     """All works on real nodes, and beside those peers that are installed."""
-    done = benchmark(timeout=900)
+    done = benchmark(timeout=1100)
     rows = report.decode((tmp_path / "out.json").read_bytes()).rows
     assert [(row.title, row.reason) for row in rows if row.state == "failed"] == []
     assert len(rows) == len(select(works.WORKS, []))
