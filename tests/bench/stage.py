@@ -270,6 +270,7 @@ class Stage:
             lambda: running(
                 *command,
                 "--config=/dev/null",
+                "--dir-cache-time=100ms",  # files come while it runs
                 f"--addr=127.0.0.1:{port}",
                 log=self.root / "webdav.log",
                 ready=lambda: listening(port),
