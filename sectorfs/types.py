@@ -20,6 +20,7 @@ import msgspec
 
 __all__ = [
     "ALL_TYPES",
+    "DIGEST_SIZE",
     "DIRECTORY_TYPES",
     "MAX_NUMBER",
     "Facts",
@@ -38,6 +39,9 @@ __all__ = [
 
 MAX_NUMBER = 2**63 - 1
 """Highest sector number of the chain, and the highest integer SQL's bigint holds."""
+
+DIGEST_SIZE = 32
+"""Bytes of a digest."""
 
 StorageID = NewType("StorageID", str)
 """Identity of a storage path: the ``ID`` of its ``sectorstore.json``, usually a UUID."""
@@ -161,6 +165,16 @@ class Facts(msgspec.Struct, frozen=True, gc=False):
     """Modification time of the file, or of the directory itself."""
     members: tuple[MemberFacts, ...] | None = None
     """The files of a directory by ascending name; None for a regular file."""
+    digest: bytes = b""
+    """`DIGEST_SIZE` bytes that prove the content, empty while nobody computed them.
+
+    It comes and goes without the content being another: compare what is `bare` for that.
+    """
+
+    @property
+    def bare(self) -> Facts:
+        """The same without the digest, as a look at a disk tells it."""
+        return Facts(self.size, self.mtime_ns, self.members) if self.digest else self
 
     def member(self, name: str) -> MemberFacts | None:
         """The facts of one file in a directory."""
