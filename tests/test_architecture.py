@@ -32,6 +32,7 @@ ONLY_IN = {
     "h11": {"wire"},
     "sqlite3": {"index.sqlite"},
     "psycopg": {"index.postgres"},
+    "blake3": {"stores.manifest"},
     "jwt": {"wire.tokens"},
     "inotify_simple": {"stores.watch"},
     "click": {"cli"},
