@@ -18,8 +18,8 @@ from sectorfs.index.catalog import Catalog
 from sectorfs.index.feed import Feed
 from sectorfs.index.protocol import Declaration, FsStat, LocationKey, StorageInfo
 from sectorfs.server.routes import make_handler
-from sectorfs.stores import carriers, metadata
 from sectorfs.stores import copies as copies_module
+from sectorfs.stores import metadata, places
 from sectorfs.stores.copies import Copies
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.local import LocalStore
@@ -131,6 +131,7 @@ class World:
             peers=PeerClient(client),
             copies=self.copies,
             parallel=parallel,
+            patience=0,
             cutoff=CUTOFF,
             own_urls=frozenset((OWN,)),
             fetch=self.fetch,
@@ -425,7 +426,7 @@ async def test_reader_who_comes_while_a_flight_is_given_up_gets_one_of_its_own(
 async def test_bound_on_fetches_of_one_storage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(carriers, "READS", 0)
+    monkeypatch.setattr(places, "READS", 0)
     async with world(tmp_path, parallel=2) as w:
         [peer] = w.peers.values()
         files = [sector_file(number=number) for number in range(6)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ from sectorfs.errors import (
     SourceFailed,
     Stale,
     TimedOut,
+    Unreachable,
 )
 from sectorfs.stores import arrivals
 from sectorfs.stores import stream as stream_module
@@ -59,6 +60,15 @@ class Sources:
         self.cancelled = 0
         self.disk_error: SectorFSError | None = None
         self.failed: list[PeerSource] = []
+        self.returns: list[Callable[[], object]] = []
+        """What happens when the failed ones are waited for; nobody does once it is empty."""
+
+    async def back(self, causes: Mapping[PeerSource, SectorFSError], since: float) -> bool:
+        await trio.lowlevel.checkpoint()
+        if self.returns:
+            self.returns.pop(0)()
+            return True
+        return False
 
     def place(self, source: PeerSource, priority: Priority) -> AbstractAsyncContextManager[None]:
         return self.gate.place(priority)
@@ -386,6 +396,13 @@ async def test_a_fill_goes_past_one_that_fails(reader: Reader) -> None:
     sources.failures[TWO] = SourceFailed("bad", TWO.url)
     await reader.stream.fill()
     assert reader.stream.arrivals.is_whole
+
+
+async def test_a_source_that_is_back_soon_is_waited_for(reader: Reader) -> None:
+    reader.sources.failures[ONE] = Unreachable("cannot connect", ONE.url)
+    reader.sources.returns = [lambda: None, reader.sources.failures.clear]
+    assert await reader.read(5 << 20, 4096) == content(5 << 20, (5 << 20) + 4096)
+    assert len(reader.sources.asked) == 3
 
 
 async def test_a_fill_without_sources_ends_with_the_reason(reader: Reader) -> None:

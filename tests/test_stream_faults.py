@@ -11,6 +11,7 @@ import random
 import statistics
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -161,7 +162,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         }
         index, *nodes = stack.enter_context(cluster(root, "index", *caches))
         crowd = [f"crowd {number}" for number in range(CROWD)]
-        others = ("good", "one", "two", "three", "loser", "changer", "slow")
+        others = ("good", "one", "two", "three", "loser", "changer", "slow", "restarts")
         names = [*FAULTS, *crowd, *others]
         peers = stack.enter_context(faulty_peers(root / "peers", *names))
         for node, cache in zip((index, *nodes), ("", *caches.values()), strict=True):
@@ -188,6 +189,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
             found.hold(f"well {number}", "good")
             found.hold(f"disk {number}", "good")
         found.hold("three", "one", "two", "three")
+        found.hold("restarts", "restarts")
         found.hold("lost, twice", "loser", "good")
         found.hold("lost, only", "loser")
         found.hold("changed, twice", "changer", "good")
@@ -287,6 +289,23 @@ def test_an_open_file_is_read_on_once_its_only_peer_is_back(scene: Scene) -> Non
 
         seen("one of three to be back", reads)
     assert _whole(scene.shown("three")) < LIMIT
+
+
+def test_a_peer_that_is_started_anew_costs_its_readers_a_pause_and_no_error(scene: Scene) -> None:
+    peer = scene.peers["restarts"]
+    with (
+        scene.shown("restarts", "patient").open("rb", buffering=0) as file,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        assert file.read(BLOCK) == DATA[:BLOCK]
+        peer.die()
+        places = [(number << 20) + 4096 for number in range(1, 9)]
+        reads = [pool.submit(os.pread, file.fileno(), BLOCK, place) for place in places]
+        seen("that it is gone", lambda: "cannot connect" in scene.readers["patient"].log())
+        assert not any(read.done() for read in reads)
+        peer.revive()
+        for place, read in zip(places, reads, strict=True):
+            assert read.result(SLOW) == DATA[place : place + BLOCK]
 
 
 @pytest.mark.parametrize("holders", ["twice", "only"])

@@ -429,6 +429,7 @@ async def reader(root: Path) -> AsyncIterator[Reader]:
             peers=it.peers,
             copies=it.copies,
             parallel=2,
+            patience=0,
             cutoff=50,
             own_urls=frozenset({"http://127.0.0.1:8480/remote"}),
             fetch=FetchConfig(),

@@ -37,10 +37,10 @@ from sectorfs.server.routes import make_handler
 from sectorfs.stores import metadata, storage_list
 from sectorfs.stores.cache import CacheKeeper
 from sectorfs.stores.cache_notes import CacheNotes
-from sectorfs.stores.carriers import most_requests
 from sectorfs.stores.copies import Copies
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.local import LocalStore
+from sectorfs.stores.places import most_requests
 from sectorfs.stores.protocol import OpenFile
 from sectorfs.stores.remote import RemoteStore
 from sectorfs.stores.space_ledger import SpaceLedger
@@ -155,6 +155,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             peers=peers,
             copies=copies,
             parallel=config.peers.parallel,
+            patience=config.timeouts.first_byte,
             cutoff=config.index.cutoff,
             own_urls=frozenset((own_url,)),
             fetch=config.fetch,

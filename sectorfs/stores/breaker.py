@@ -43,6 +43,11 @@ class Breaker:
         """Why it is not closed; empty when it is."""
         return self._reason
 
+    @property
+    def until(self) -> float:
+        """When the next one may ask, while it is not closed."""
+        return self._until
+
     def may_admit(self, now: float) -> bool:
         """Whether `admit` would say yes."""
         return self._state == CLOSED or now >= self._until

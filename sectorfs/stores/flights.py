@@ -27,10 +27,10 @@ from sectorfs.index.content import facts_of
 from sectorfs.stores import sources
 from sectorfs.stores.archives import CacheSink, fetch_directory
 from sectorfs.stores.cache_room import CacheRoom
-from sectorfs.stores.carriers import Places
 from sectorfs.stores.copies import Copies
 from sectorfs.stores.fetch_rules import SMALL
 from sectorfs.stores.gates import Priority
+from sectorfs.stores.places import Places
 from sectorfs.stores.ranking import Ranking
 from sectorfs.stores.transfer import PeerClient
 from sectorfs.stores.writing import SteadyWrites
@@ -130,7 +130,7 @@ class Flights:
         file, member = flight.fetch.file, flight.fetch.member
         try:
             with flight.scope:
-                flight.causes = await self._try_sources(flight)
+                flight.causes = await self._try_patiently(flight)
         except Exception as exc:
             log.exception("%s: fetch failed unexpectedly", file)
             flight.causes = [SourceFailed(f"unexpected {type(exc).__name__}", file)]
@@ -141,7 +141,18 @@ class Flights:
             self._landed(file, flight.facts)
         metrics.FETCHES.labels("failed" if flight.causes else "done").inc()
 
-    async def _try_sources(self, flight: Flight) -> list[SectorFSError] | None:
+    async def _try_patiently(self, flight: Flight) -> list[SectorFSError] | None:
+        """Go through the sources, and again while one of them is started anew."""
+        since = trio.current_time()
+        while True:
+            failed: dict[sources.PeerSource, SectorFSError] = {}
+            causes = await self._try_sources(flight, failed)
+            if causes is None or not await self._places.back(failed, since):
+                return causes
+
+    async def _try_sources(
+        self, flight: Flight, failed: dict[sources.PeerSource, SectorFSError]
+    ) -> list[SectorFSError] | None:
         file, member = flight.fetch.file, flight.fetch.member
         causes: list[SectorFSError] = []
         entry = self._catalog.entry(file)
@@ -152,7 +163,8 @@ class Flights:
             try:
                 await self._fetch_from(source, flight, entry.facts)
             except (DiskError, StorageUnavailable) as exc:
-                causes.append(exc)  # our own disk: another source would not help
+                causes.append(exc)  # our own disk: no source would help
+                failed.clear()
                 break
             except SectorFSError as exc:
                 # Usual of nodes that know no single files; then the whole directory is next.
@@ -160,6 +172,7 @@ class Flights:
                 level = logging.DEBUG if usual else logging.WARNING
                 log.log(level, "%s: source %s failed: %s", file, source.url, exc)
                 causes.append(exc)
+                failed[source] = exc
                 self._ranking.failed(source, exc)
             else:
                 self._ranking.answered(source)

@@ -34,11 +34,12 @@ from sectorfs.index.protocol import SectorIndex
 from sectorfs.stores.announcer import Announcer
 from sectorfs.stores.cache import CacheKeeper
 from sectorfs.stores.cache_room import CacheRoom
-from sectorfs.stores.carriers import PeerCarrier, Places
+from sectorfs.stores.carriers import PeerCarrier
 from sectorfs.stores.copies import Copies
 from sectorfs.stores.fetch_rules import is_streamed, may_fill
 from sectorfs.stores.flights import Fetch, Flights
 from sectorfs.stores.local import LocalStore
+from sectorfs.stores.places import Places
 from sectorfs.stores.prospects import Prospect
 from sectorfs.stores.protocol import OpenFile, State, StreamFile
 from sectorfs.stores.ranking import Ranking
@@ -75,6 +76,7 @@ class RemoteStore:
         peers: PeerClient,
         copies: Copies,
         parallel: int,
+        patience: float,
         cutoff: float,
         own_urls: frozenset[str],
         fetch: FetchConfig,
@@ -87,7 +89,7 @@ class RemoteStore:
         self._copies = copies
         self._policy = fetch.policy_of
         self._ranking = Ranking(catalog, local, peers, own_urls=own_urls, cutoff=cutoff)
-        self._places = Places(parallel)
+        self._places = Places(parallel, patience=patience)
         self._learned: dict[SectorFile, Facts] = {}
         self._keeper = keeper
         room = CacheRoom(copies, local, space, keeper)

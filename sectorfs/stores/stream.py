@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Protocol
 
@@ -84,6 +84,9 @@ class Carrier(Protocol):
 
     def place(self, source: PeerSource, priority: Priority) -> AbstractAsyncContextManager[None]:
         """A place for one request."""
+
+    async def back(self, causes: Mapping[PeerSource, SectorFSError], since: float) -> bool:
+        """Wait until one of these that only broke off may be asked again; False: do not wait."""
 
 
 class _Request:
@@ -150,6 +153,7 @@ class Stream:
         self._ahead: dict[Window, tuple[int, int]] = {}
         self._pumps = {Priority.AHEAD: 0, Priority.FILL: 0}
         self._fills = 0
+        self._fill_rounds = 0
         self._fill_error: SectorFSError | None = None
         self._moved = trio.Event()
         self._closed = False
@@ -210,6 +214,7 @@ class Stream:
         Several may ask for it; it goes on as long as one of them does.
         """
         self._fills += 1
+        self._fill_rounds += 1
         self._fill_error = None
         try:
             while not self.arrivals.is_whole:
@@ -315,35 +320,45 @@ class Stream:
                 self._tell()
 
     async def _bring(self, request: _Request) -> None:
-        """Get a range from source after source."""
-        causes: list[SectorFSError] = []
-        tried: set[PeerSource] = set()
-        while (source := self._next_source(tried, request.priority)) is not None:
+        """Get a range from source after source; again, while one of them is started anew."""
+        causes: dict[PeerSource, SectorFSError] = {}
+        since = trio.current_time()
+        while True:
+            causes.clear()
+            if await self._bring_from_any(request, causes):
+                return
+            if not await self._carrier.back(causes, since):
+                raise self._verdict(tuple(causes.values()))
+
+    async def _bring_from_any(
+        self, request: _Request, causes: dict[PeerSource, SectorFSError]
+    ) -> bool:
+        """One round over the sources; False when each failed, for one of the `causes`."""
+        while (source := self._next_source(causes, request.priority)) is not None:
             request.source = source
             try:
                 async with self._carrier.place(source, request.priority):
                     if request.leader is not None:
-                        return  # taken along in the moment it was let in
+                        return True  # taken along in the moment it was let in
                     if request.priority is Priority.FILL and not self._fills:
-                        return  # nobody wants a copy any more
+                        return True  # nobody wants a copy any more
                     request.queued = False
                     self._gather(request)
                     await self._transfer(source, request)
-                return
+                return True
             except (DiskError, PermissionRefused, StorageUnavailable) as exc:
                 # Our own disk: the same source once more, into memory.
                 self.arrivals.lose_disk(exc)
                 if request.priority is Priority.FILL:
                     raise
             except SectorFSError as exc:
-                tried.add(source)
-                causes.append(exc)
+                causes[source] = exc
                 self._ranked_at = -math.inf
                 self._failed(source, exc)
                 log.info("%s: source %s failed: %s", self.name, source.url, exc)
-        raise self._verdict(causes)
+        return False
 
-    def _next_source(self, tried: set[PeerSource], priority: Priority) -> PeerSource | None:
+    def _next_source(self, tried: Collection[PeerSource], priority: Priority) -> PeerSource | None:
         """The best one; a copy is filled from all that are as good, by how much each does."""
         now = trio.current_time()
         if now - self._ranked_at > SOURCES_SECONDS:
@@ -356,6 +371,7 @@ class Stream:
         return left[0] if left else None
 
     def _verdict(self, causes: Sequence[SectorFSError]) -> SectorFSError:
+        """Why readers get nothing; content that changed is so for all of them."""
         changed = next((cause for cause in causes if isinstance(cause, Stale)), None)
         if changed is not None:
             self._stale = changed
@@ -450,12 +466,12 @@ class Stream:
     async def _pump_on(self, priority: Priority, tasks: int) -> None:
         try:
             while not self._closed and (span := self._next_bulk(priority)) is not None:
-                request = _Request(*span, priority)
+                request, begun = _Request(*span, priority), self._fill_rounds
                 self._requests.append(request)
                 self._pump(priority, tasks)
                 await self._run(request)
                 if request.error is not None:
-                    self._give_up(priority, request.error)
+                    self._give_up(priority, request.error, begun)
                     return
         finally:
             self._pumps[priority] -= 1
@@ -473,8 +489,10 @@ class Stream:
                     return low, min(high, (low // chunk + 1) * chunk)
         return None
 
-    def _give_up(self, priority: Priority, cause: SectorFSError) -> None:
+    def _give_up(self, priority: Priority, cause: SectorFSError, begun: int) -> None:
         if priority is Priority.FILL:
-            self._fill_error = cause
+            if begun == self._fill_rounds:  # else whoever fills now asks once more
+                self._fill_error = cause
+            self._tell()
         else:
             self._ahead.clear()  # the next read asks, and hears why

@@ -8,9 +8,9 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from sectorfs.errors import DiskFull, NotFound, SourceFailed, TimedOut
-from sectorfs.stores.carriers import LONGEST_PAUSE, PAUSE, READS, Places
+from sectorfs.errors import DiskFull, NotFound, SourceFailed, TimedOut, Unreachable
 from sectorfs.stores.gates import Priority
+from sectorfs.stores.places import BREAK_PAUSE, LONGEST_PAUSE, PAUSE, READS, Places, Resting
 from sectorfs.stores.sources import PeerSource
 from sectorfs.types import StorageID
 
@@ -34,7 +34,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def places(clock: Clock) -> Places:
-    return Places(2, now=clock)
+    return Places(2, patience=10, now=clock)
 
 
 async def fall_silent(places: Places, source: PeerSource) -> None:
@@ -133,7 +133,7 @@ async def test_a_source_that_began_to_answer_is_asked_by_others_too(
 async def test_those_who_queue_are_let_go_with_those_who_were_asked(
     autojump_clock: MockClock,
 ) -> None:
-    places = Places(2)
+    places = Places(2, patience=10)
     failed: list[float] = []
 
     async def read() -> None:
@@ -178,3 +178,66 @@ async def test_bulk_leaves_places_to_readers_and_one_disk_leaves_some_to_others(
                     pass
         nursery.cancel_scope.cancel()
     assert places._node.taken == 0
+
+
+async def break_off(places: Places, source: PeerSource) -> Unreachable:
+    with pytest.raises(Unreachable) as caught:
+        async with places.place(source, Priority.READ):
+            raise Unreachable("cannot connect", source.url)
+    return caught.value
+
+
+async def test_who_broke_off_is_waited_for_and_who_fell_silent_is_not(
+    autojump_clock: MockClock,
+) -> None:
+    places = Places(2, patience=10)
+    start = trio.current_time()
+    cause = await break_off(places, ONE)
+    with pytest.raises(Resting, match="cannot connect") as caught:
+        async with places.place(ONE, Priority.READ):
+            raise AssertionError("it was asked")
+    for error in (cause, caught.value):
+        assert await places.back({ONE: error}, start)
+    assert trio.current_time() - start >= BREAK_PAUSE
+    async with places.place(ONE, Priority.READ):
+        pass
+    await fall_silent(places, ONE)
+    assert not await places.back({ONE: cause}, trio.current_time())
+    assert not await places.back({TWO: NotFound("gone", URL)}, trio.current_time())
+    assert not await places.back({}, trio.current_time())
+
+
+async def test_it_is_waited_for_as_long_as_an_answer_would_be(autojump_clock: MockClock) -> None:
+    places = Places(2, patience=10)
+    start = trio.current_time()
+    cause = await break_off(places, ONE)
+    tries = 0
+    while await places.back({ONE: cause}, start):
+        tries += 1
+        await break_off(places, ONE)
+    assert 6 <= tries <= 12
+    assert 6 < trio.current_time() - start <= 10
+    # It has been away for long now: who comes later hears of it at once.
+    await trio.sleep(10)
+    late = trio.current_time()
+    assert not await places.back({ONE: cause}, late)
+    assert trio.current_time() == late
+
+
+async def test_those_who_wait_go_on_with_the_first_answer(autojump_clock: MockClock) -> None:
+    places = Places(2, patience=10)
+    cause = await break_off(places, ONE)
+    woken: list[float] = []
+    start = trio.current_time()
+
+    async def wait() -> None:
+        assert await places.back({ONE: cause}, start)
+        woken.append(trio.current_time() - start)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(50):
+            nursery.start_soon(wait)
+        await wait_all_tasks_blocked()
+        places.heard(ONE)
+    assert len(woken) == 50
+    assert max(woken) < BREAK_PAUSE
