@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from sectorfs.stores.lanes import Descriptor, Lane
 from sectorfs.wire.client import IDLE_SECONDS, Client, parse_target_url
 from sectorfs.wire.messages import Reply, Request, text_reply
 from sectorfs.wire.pace import FLOOR, Pace
-from sectorfs.wire.response import HEADER_LIMIT
+from sectorfs.wire.response import HEADER_LIMIT, SIEVED
 from tests.gates import Gate
 from tests.wire_fixtures import (
     PATIENT,
@@ -680,3 +680,94 @@ async def test_a_full_disk_is_the_disks_error() -> None:
         descriptor.close()
         assert info.value.thing == "/mnt/full"
         assert client.busy(url) == 0
+
+
+# Into a file, as far as it is good
+
+
+def chunked(data: bytes) -> bytes:
+    """An answer with a body in chunks that end anywhere."""
+    answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    for at in range(0, len(data), 70_001):
+        piece = data[at : at + 70_001]
+        answer += b"%x\r\n%s\r\n" % (len(piece), piece)
+    return answer + b"0\r\n\r\n"
+
+
+def plain(data: bytes) -> bytes:
+    """An answer with a body of known length."""
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(data), data)
+
+
+def sieve_of(good: bytes) -> Callable[[memoryview], int]:
+    """Lets whole parts of `SIEVED` bytes through that are as they should be, and the short end."""
+    done = 0
+
+    def sieve(view: memoryview) -> int:
+        nonlocal done
+        passed = 0
+        while passed + SIEVED <= len(view) or done + len(view) == len(good):
+            wanted = good[done : done + SIEVED]
+            if not wanted:
+                break
+            if view[passed : passed + SIEVED] != wanted:
+                if not passed:
+                    raise SourceFailed("gave bad bytes", f"byte {done}")
+                break
+            passed += len(wanted)
+            done += len(wanted)
+        return passed
+
+    return sieve
+
+
+@pytest.mark.parametrize("answer", [plain, chunked])
+@pytest.mark.parametrize("size", [1, SIEVED - 1, SIEVED, 5_000_001])
+async def test_a_sieve_sees_every_byte_before_the_file(
+    tmp_path: Path, size: int, answer: Callable[[bytes], bytes]
+) -> None:
+    data, lane, steps = os.urandom(size), Lane("disk", deadline=5), list[int]()
+    async with peer(says(answer(data))) as url, Client(PATIENT) as client:
+        with target_file(tmp_path / "f") as descriptor:
+            async with client.request("GET", url) as response:
+                saved = await response.save(
+                    descriptor,
+                    offset=0,
+                    length=size,
+                    run=lane.finish,
+                    progress=steps.append,
+                    sieve=sieve_of(data),
+                )
+    assert saved == size
+    assert steps[-1] == size
+    assert steps == sorted(steps)
+    assert all(step % SIEVED == 0 for step in steps[:-1])
+    assert (tmp_path / "f").read_bytes() == data
+
+
+@pytest.mark.parametrize("answer", [plain, chunked])
+@pytest.mark.parametrize("place", [0, 65_535, 65_536, 3_000_000, 4_999_999])
+async def test_what_the_sieve_refuses_never_gets_into_the_file(
+    tmp_path: Path, place: int, answer: Callable[[bytes], bytes]
+) -> None:
+    good, lane, steps = os.urandom(5_000_000), Lane("disk", deadline=5), list[int]()
+    bad = bytearray(good)
+    bad[place] ^= 1
+    before = open_fds()
+    async with peer(says(answer(bytes(bad)))) as url, Client(PATIENT) as client:
+        with target_file(tmp_path / "f") as descriptor:
+            with pytest.raises(SourceFailed, match="bad bytes"):
+                async with client.request("GET", url) as response:
+                    await response.save(
+                        descriptor,
+                        offset=0,
+                        length=len(good),
+                        run=lane.finish,
+                        progress=steps.append,
+                        sieve=sieve_of(good),
+                    )
+        assert client.busy(url) == 0
+    expected = place // SIEVED * SIEVED
+    assert max(steps, default=0) == expected
+    assert (tmp_path / "f").read_bytes() == good[:expected]
+    await fds_return_to(before)

@@ -2,7 +2,9 @@
 
 A whole sector is up to 64 GiB, so `Response.save` reads straight from the socket into one buffer
 and from there into the file, in a thread that leaves as soon as the socket is empty: a peer that
-stalls holds no thread. h11 sees only unusual headers and bodies without a known length (`heads`).
+stalls holds no thread. Whoever can tell good bytes from bad ones does so there (`Sieve`), so that
+what is bad never gets into the file. h11 sees only unusual headers and bodies without a known
+length (`heads`).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import h11
 import trio
@@ -26,6 +28,8 @@ from sectorfs.wire.messages import Runner
 from sectorfs.wire.pace import Pace
 from sectorfs.wire.rates import Throttle
 
+T = TypeVar("T")
+
 HEADER_LIMIT = 32 * 1024
 
 _BUFFER = 1024 * 1024
@@ -34,6 +38,14 @@ _HOP = 8 * 1024 * 1024
 _HOP_SECONDS = 0.5
 
 Progress = Callable[[int], object]
+
+Sieve = Callable[[memoryview], int]
+"""How many of the next bytes of a body may be written; 0 when more must come to tell.
+
+Raises when they are bad. Called in a thread. Asked of all that is left at the end of the body, and
+of any `SIEVED` bytes, it never says 0.
+"""
+SIEVED = 64 << 10
 
 
 class _Stop(enum.Enum):
@@ -128,16 +140,18 @@ class Response:
         length: int,
         run: Runner,
         progress: Progress | None = None,
+        sieve: Sieve | None = None,
     ) -> int:
         """Write the body to a file at `offset`; it must be exactly `length` bytes.
 
-        `run` must not give a call up because it is cancelled (`Lane.finish`). `SourceFailed`
+        `progress` is told how many bytes are in the file, and nothing that `sieve` holds back gets
+        there. `run` must not give a call up because it is cancelled (`Lane.finish`). `SourceFailed`
         naming both numbers for a body of another length; errors of the disk are `run`'s.
         """
         self._begin()
         if not self._empty and self.length is not None and self.length != length:
             raise SourceFailed(f"sends {self.length} bytes instead of {length}", self.url)
-        sink = _Sink(descriptor, offset, length, run, progress)
+        sink = _Sink(descriptor, offset, length, run, progress, sieve)
         if self._empty or self.length is None:
             await self._save_pieces(sink)
         else:
@@ -230,17 +244,17 @@ class Response:
         held = bytearray()
         while (piece := await self._bulk_piece()) is not None:
             held += piece
-            if sink.done + len(held) > sink.length:
+            if sink.came + len(held) > sink.length:
                 raise SourceFailed(
-                    f"sends more than {sink.done + len(held) - 1} bytes instead of {sink.length}",
+                    f"sends more than {sink.came + len(held) - 1} bytes instead of {sink.length}",
                     self.url,
                 )
             if len(held) >= _BUFFER:
                 await sink.write(held)
                 held = bytearray()
         await sink.write(held)
-        if sink.done != sink.length:
-            raise SourceFailed(f"sent {sink.done} bytes instead of {sink.length}", self.url)
+        if sink.came != sink.length:
+            raise SourceFailed(f"sent {sink.came} bytes instead of {sink.length}", self.url)
 
     async def _save_raw(self, sink: _Sink) -> None:
         self._state = "raw"
@@ -261,22 +275,21 @@ class Response:
             self._state = "raw done"
 
     async def _pull_all(self, sink: _Sink, source: Duplicate) -> None:
-        buffer = memoryview(bytearray(min(_BUFFER, max(1, sink.length - sink.done))))
-        while sink.done < sink.length:
+        while sink.came < sink.length:
             waited = await self._wait_readable()
-            count, stop = await self._pull(sink, source, buffer)
+            count, stop = await self._pull(sink, source)
             self._pace.moved(count, waited=waited)
             if stop in (_Stop.END, _Stop.BROKEN):
                 raise SourceFailed(
-                    f"the body ended after {sink.done} of {sink.length} bytes", self.url
+                    f"the body ended after {sink.came} of {sink.length} bytes", self.url
                 )
 
-    async def _pull(self, sink: _Sink, source: Duplicate, buffer: memoryview) -> tuple[int, _Stop]:
+    async def _pull(self, sink: _Sink, source: Duplicate) -> tuple[int, _Stop]:
         if self.throttle is None:
-            return await sink.pull(source, buffer, _HOP)
+            return await sink.pull(source, _HOP)
         allowed, count = await self.throttle.turn(), 0
         try:
-            count, stop = await sink.pull(source, buffer, allowed)
+            count, stop = await sink.pull(source, allowed)
             return count, stop
         finally:
             self.throttle.charge(count - allowed)
@@ -302,50 +315,90 @@ class _Sink:
         length: int,
         run: Runner,
         progress: Progress | None,
+        sieve: Sieve | None,
     ) -> None:
         self._descriptor = descriptor
         self._offset = offset
         self.length = length
         self._run = run
         self._progress = progress
-        self.done = 0
+        self._sieve = sieve
+        self._buffer = memoryview(bytearray(min(_BUFFER, length)))
+        # Invariant: more fits always, for what is held back is less than `SIEVED`.
+        self._held = 0  # bytes at the start of the buffer that may not be written yet
+        self._done = 0
+        self.came = 0
+        """Bytes that came."""
+
+    @property
+    def done(self) -> int:
         """Bytes in the file."""
+        return self._done
 
     async def write(self, data: bytes | bytearray) -> None:
         """Append bytes that are in memory already."""
         if data:
-            await self._run(partial(self._put, memoryview(data), self.done), what="write")
-            self._moved(len(data))
+            await self._hop(partial(self._put, memoryview(data)))
+            self._count(len(data))
 
-    async def pull(self, source: Duplicate, buffer: memoryview, most: int) -> tuple[int, _Stop]:
+    async def pull(self, source: Duplicate, most: int) -> tuple[int, _Stop]:
         """Move what the socket holds into the file, in a thread."""
-        call = partial(self._drain, source, buffer, self.done, most)
-        count, stop = await self._run(call, what="write")
-        self._moved(count)
+        count, stop = await self._hop(partial(self._drain, source, most))
+        self._count(count)
         return count, stop
 
-    def _moved(self, count: int) -> None:
-        self.done += count
+    async def _hop(self, call: Callable[[], T]) -> T:
+        try:
+            return await self._run(call, what="write")
+        except SourceFailed:  # some of it, before the bytes that are bad
+            self._tell()
+            raise
+
+    def _count(self, count: int) -> None:
+        self.came += count
         FETCHED_BYTES.inc(count)
+        self._tell()
+
+    def _tell(self) -> None:
         if self._progress is not None:
-            self._progress(self.done)
+            self._progress(self._done)
 
-    def _put(self, data: memoryview, done: int) -> None:
+    # --- in a thread, one at a time ---
+
+    def _put(self, data: memoryview) -> None:
         with self._descriptor as fd:
-            _write_all(fd, data, self._offset + done)
+            while data:
+                room = self._buffer[self._held :]
+                count = min(len(room), len(data))
+                room[:count] = data[:count]
+                data = data[count:]
+                self._let_through(fd, self._held + count)
 
-    def _drain(
-        self, source: Duplicate, buffer: memoryview, done: int, most: int
-    ) -> tuple[int, _Stop]:
+    def _drain(self, source: Duplicate, most: int) -> tuple[int, _Stop]:
         moved, stop = 0, _Stop.HOP
         end = time.monotonic() + _HOP_SECONDS
-        goal = min(self.length - done, most)
+        goal = min(self.length - self.came, most)
         with source as sock, self._descriptor as fd:
             while stop is _Stop.HOP and moved < goal and time.monotonic() < end:
-                filled, stop = _fill(sock, buffer[: goal - moved])
-                _write_all(fd, buffer[:filled], self._offset + done + moved)
+                room = self._buffer[self._held :]
+                filled, stop = _fill(sock, room[: goal - moved])
                 moved += filled
+                self._let_through(fd, self._held + filled)
         return moved, stop
+
+    def _let_through(self, fd: int, count: int) -> None:
+        """Write what may be written of the first bytes of the buffer, and keep the rest there."""
+        waiting = self._buffer[:count]
+        while waiting:
+            passed = self._sieve(waiting) if self._sieve is not None else len(waiting)
+            if not passed:
+                break
+            _write_all(fd, waiting[:passed], self._offset + self._done)
+            self._done += passed
+            waiting = waiting[passed:]
+        self._held = len(waiting)
+        if self._held < count:
+            self._buffer[: self._held] = waiting  # they may overlap: memory is moved, not copied
 
 
 def _fill(sock: int, buffer: memoryview) -> tuple[int, _Stop]:
