@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from msgspec.structs import astuple
+from msgspec import structs
 
 from sectorfs.index.catalog import Catalog, FileChange
 from sectorfs.index.merge import Reload
@@ -83,6 +83,11 @@ def directory(*names: str, mtime_ns: int = 5) -> Facts:
     return Facts(len(members), mtime_ns, members)
 
 
+def digested(facts: Facts, byte: int) -> Facts:
+    """The same facts with a digest of equal bytes; none for zero."""
+    return structs.replace(facts, digest=bytes([byte]) * 32 if byte else b"")
+
+
 def lease(holder: str, of: int = 7, *, read: int = 0, write: int = 0, seconds: float = 60) -> Lease:
     """A lease whose token tells the holder."""
     return Lease(
@@ -96,7 +101,7 @@ def lease(holder: str, of: int = 7, *, read: int = 0, write: int = 0, seconds: f
 
 def pack_of(declarations: Iterable[Declaration]) -> Pack:
     """Declarations, which are in key order, as columns."""
-    return pack(map(_row, declarations), lambda facts: [astuple(one) for one in facts])
+    return pack(map(_row, declarations), lambda facts: [structs.astuple(one) for one in facts])
 
 
 def _row(one: Declaration) -> PackedRow[tuple[MemberFacts, ...]]:
@@ -110,6 +115,7 @@ def _row(one: Declaration) -> PackedRow[tuple[MemberFacts, ...]]:
         None if facts is None else facts.size,
         None if facts is None else facts.mtime_ns,
         None if facts is None else facts.members,
+        None if facts is None else facts.digest,
     )
 
 

@@ -14,7 +14,18 @@ from sectorfs.index.protocol import HealthReport, SectorIndex
 from sectorfs.index.rpc import RpcIndex, index_methods
 from sectorfs.types import Facts, FileType, SectorID, StorageID
 from sectorfs.wire.jsonrpc import Dispatcher
-from tests.index_fixtures import ADMIN, RPC_URL, STAT, directory, file, held, info, key, open_index
+from tests.index_fixtures import (
+    ADMIN,
+    RPC_URL,
+    STAT,
+    digested,
+    directory,
+    file,
+    held,
+    info,
+    key,
+    open_index,
+)
 
 SECTOR = {"Miner": 1000, "Number": 7}
 STORAGE = {"ID": "a", "URLs": ["http://a:8480/remote"], "Weight": 10, "CanSeal": True}
@@ -108,13 +119,18 @@ async def test_batch_declares_with_and_without_facts(attached: Server) -> None:
         **plain,
         "FileType": 4,
         "Primary": True,
-        "Facts": {"Size": 1, "MtimeNs": 5, "Files": [{"Name": "p_aux", "Size": 1, "MtimeNs": 5}]},
+        "Facts": {
+            "Size": 1,
+            "MtimeNs": 5,
+            "Files": [{"Name": "p_aux", "Size": 1, "MtimeNs": 5}],
+            "Digest": "0a" * 32,
+        },
     }
     assert await attached.result("Filecoin.BatchStorageDeclareSectors", [plain, cache]) is None
     assert await attached.index.sector(SectorID(1000, 7)) == [
         held("a", file(7, FileType.UNSEALED), primary=False),
         held("a", 7, primary=False),
-        held("a", file(7, FileType.CACHE), facts=directory("p_aux")),
+        held("a", file(7, FileType.CACHE), facts=digested(directory("p_aux"), 10)),
     ]
     assert await attached.result("Filecoin.BatchStorageDeclareSectors", None) is None
     (shape,) = [

@@ -8,7 +8,15 @@ from collections.abc import Iterable
 from sectorfs.config import parse_url
 from sectorfs.errors import BadConfig, BadInput, TooLarge
 from sectorfs.index.protocol import Declaration, FsStat, Lease, LocationKey, Lock, StorageInfo
-from sectorfs.types import ALL_TYPES, Facts, FileType, SectorID, file_types, parse_storage_id
+from sectorfs.types import (
+    ALL_TYPES,
+    DIGEST_SIZE,
+    Facts,
+    FileType,
+    SectorID,
+    file_types,
+    parse_storage_id,
+)
 
 MAX_INT = 2**63 - 1
 MIN_INT = -(2**63)
@@ -95,6 +103,8 @@ def check_declaration(declaration: Declaration) -> None:
 def _check_facts(facts: Facts, thing: object) -> None:
     check_number(facts.size, "size", thing)
     _check_time(facts.mtime_ns, thing)
+    if facts.digest:
+        check_digest(facts.digest, thing)
     members = facts.members or ()
     if len(members) > MAX_MEMBERS:
         raise TooLarge(f"{len(members)} files in one sector directory", thing)
@@ -105,6 +115,12 @@ def _check_facts(facts: Facts, thing: object) -> None:
         previous = member.name
         check_number(member.size, "size", f"{thing}/{member.name}")
         _check_time(member.mtime_ns, f"{thing}/{member.name}")
+
+
+def check_digest(digest: bytes, thing: object) -> None:
+    """Refuse what is no digest; zeros are none, for they stand for one that is not known."""
+    if len(digest) != DIGEST_SIZE or not any(digest):
+        raise BadInput("not a digest", thing, f"{DIGEST_SIZE} bytes, not all of them zero")
 
 
 def _check_time(mtime_ns: int, thing: object) -> None:

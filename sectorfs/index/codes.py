@@ -14,12 +14,13 @@ from sectorfs.index.packed import FIRST_SHAPE, PLAIN, UNTOLD, Key, Pack, Run, Sh
 from sectorfs.index.protocol import Declaration
 from sectorfs.types import Facts, SectorFile, StorageID
 
-Row = tuple[int, int, int, int, bytes]
-"""A declaration of some sector file: holder, size, mtime_ns, shape, and its files' times."""
+Row = tuple[int, int, int, int, bytes, bytes]
+"""A declaration of some sector file: holder, size, mtime_ns, shape, its files' times, digest."""
 
 
 Shown = tuple[bool, Facts | None]
-"""Whether anybody declares a sector file, and the facts that hold now."""
+"""Whether anybody declares a sector file, and the facts that hold now, bare of their digest: one
+that comes later is no new content."""
 
 
 class Tables:
@@ -33,10 +34,10 @@ class Tables:
 
     def facts(self, row: Row) -> Facts | None:
         """What a row tells."""
-        _, size, mtime_ns, shape, times = row
+        _, size, mtime_ns, shape, times, digest = row
         if shape == UNTOLD:
             return None
-        return to_facts(self.shapes[shape], size, mtime_ns, array("q", times))
+        return to_facts(self.shapes[shape], size, mtime_ns, array("q", times), digest)
 
     def declaration(self, file: SectorFile, row: Row) -> Declaration:
         """A row as a declaration of a sector file."""
@@ -56,17 +57,17 @@ class Tables:
     def shown(self, rows: Sequence[Row]) -> Shown:
         """What several declarations of a sector file, or none, come to."""
         present = self.present(rows)
-        return bool(rows), None if present is None else self.facts(present)
+        return bool(rows), None if present is None else self.facts((*present[:5], b""))
 
     def files(self, runs: Iterable[Run]) -> dict[Key, list[Row]]:
         """The rows of each sector file, in the order of the runs."""
         found: dict[Key, list[Row]] = {}
         for run in runs:
             spot = 0
-            columns = (run.numbers, run.holders, run.sizes, run.mtimes, run.shapes)
-            for number, holder, size, mtime_ns, shape in zip(*columns, strict=True):
+            columns = (run.numbers, run.holders, run.sizes, run.mtimes, run.shapes, run.digests)
+            for number, holder, size, mtime_ns, shape, digest in zip(*columns, strict=True):
                 end = spot + self.lengths[shape]
-                row = (holder, size, mtime_ns, shape, run.times[spot:end].tobytes())
+                row = (holder, size, mtime_ns, shape, run.times[spot:end].tobytes(), digest)
                 found.setdefault((run.miner, number), []).append(row)
                 spot = end
         return found
@@ -141,6 +142,7 @@ class Codes(Tables):
             run.mtimes[:],
             array("I", map(shapes.__getitem__, run.shapes)),
             run.times[:],
+            run.digests.part(0, len(run)),
         )
 
     def row(self, one: Declaration) -> Row:
@@ -148,12 +150,13 @@ class Codes(Tables):
         holder = 2 * self.storage(one.storage) + one.primary
         facts = one.facts
         if facts is None:
-            return holder, 0, 0, UNTOLD, b""
+            return holder, 0, 0, UNTOLD, b"", b""
         if facts.members is None:
-            return holder, facts.size, facts.mtime_ns, PLAIN, b""
+            return holder, facts.size, facts.mtime_ns, PLAIN, b"", facts.digest
         shape = (
             tuple(member.name for member in facts.members),
             tuple(member.size for member in facts.members),
         )
         times = array("q", [member.mtime_ns for member in facts.members])
-        return holder, facts.size, facts.mtime_ns, self.shape(shape), times.tobytes()
+        number = self.shape(shape)
+        return holder, facts.size, facts.mtime_ns, number, times.tobytes(), facts.digest

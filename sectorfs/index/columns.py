@@ -31,6 +31,7 @@ class Chunk:
         "_spare",
         "_spots",
         "_times",
+        "digests",
         "held",
         "holders",
         "mtimes",
@@ -49,6 +50,7 @@ class Chunk:
         self._spots = _spots(run, codes)
         self._times = run.times
         self._spare = 0
+        self.digests = run.digests
         self.held = _held(run.holders)
         """Rows of each storage."""
 
@@ -81,6 +83,7 @@ class Chunk:
             self.mtimes[position],
             shape,
             self._times[spot : spot + codes.lengths[shape]].tobytes(),
+            self.digests[position],
         )
 
     def part(self, start: int, end: int, codes: Codes) -> Run:
@@ -97,11 +100,12 @@ class Chunk:
             self.mtimes[start:end],
             self.shapes[start:end],
             times,
+            self.digests.part(start, end),
         )
 
     def insert(self, position: int, number: int, row: Row) -> None:
         """Put a new row before another."""
-        holder, size, mtime_ns, shape, times = row
+        holder, size, mtime_ns, shape, times, digest = row
         numbers = self.names.all[:]
         new = number not in numbers[max(0, position - 1) : position + 1]
         numbers.insert(position, number)
@@ -112,6 +116,7 @@ class Chunk:
         self.shapes.insert(position, shape)
         self._spots.insert(position, len(self._times))
         self._times.frombytes(times)
+        self.digests.insert(position, digest)
         self.held[holder >> 1] += 1
 
     def replace(self, position: int, row: Row, codes: Codes) -> None:
@@ -121,6 +126,7 @@ class Chunk:
         self.shapes[position] = row[3]
         self._spots[position] = len(self._times)
         self._times.frombytes(row[4])
+        self.digests.put(position, row[5])
         self._spared(length, codes)
 
     def remove(self, start: int, end: int, codes: Codes) -> None:
@@ -134,6 +140,7 @@ class Chunk:
         self.names = Numbers(self.names.miner, rest, self.names.count - len(gone))
         for column in (self.holders, self.sizes, self.mtimes, self.shapes, self._spots):
             del column[start:end]
+        del self.digests[start:end]
         self._spared(lengths, codes)
 
     def join(self, other: Chunk) -> None:
@@ -148,6 +155,7 @@ class Chunk:
         self._spots.extend(begin + spot for spot in other._spots)
         self._times += other._times
         self._spare += other._spare
+        self.digests.extend(other.digests)
         self.held += other.held
 
     def _spared(self, length: int, codes: Codes) -> None:
@@ -399,7 +407,7 @@ def join(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         if joined and joined[-1].miner == run.miner:
             for ours, theirs in zip(joined[-1].columns, run.columns, strict=True):
-                ours.extend(theirs)
+                ours.extend(theirs)  # type: ignore[arg-type]  # each by its like
         else:
             joined.append(run)
     return joined

@@ -11,6 +11,7 @@ Notes on the tables:
 * Lists are comma-separated text. ``last_heartbeat`` is Unix nanoseconds.
 * ``sector_location`` has no foreign key to its storage: detaching removes both in one transaction.
 * ``sector_facts`` is apart because Curio's rows know no facts; a declaration without them has none.
+  ``digest`` is null while nobody computed it for this very size, time and members.
 * ``lease`` has a row for each lock that was granted, apart from the lock columns that Curio keeps
   in ``sector_location``: what nobody declared can be locked too. No row says when a lease ends:
   that is measured on a clock that does not outlive the process. So after a restart each lasts its
@@ -124,6 +125,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX idx_sector_location_order ON sector_location"
         " (sector_filetype, miner_id, sector_num, storage_id, is_primary)",
     ),
+    ("ALTER TABLE sector_facts ADD COLUMN digest BLOB",),
 )
 """Statements of each step; the version of a database is how many steps it has had."""
 

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import msgspec
 
+from sectorfs.index.digests import Digests
 from sectorfs.types import Facts, FileType, MemberFacts, StorageID
 
 K = TypeVar("K")
@@ -34,8 +35,9 @@ Members = Sequence[tuple[str, int, int]]
 """Name, size and mtime_ns of the files of a directory."""
 
 M = TypeVar("M")
-PackedRow = tuple[int, int, int, str, int, int | None, int | None, M | None]
-"""File type, miner, number, storage, primary, and the facts: size, mtime_ns, encoded members."""
+PackedRow = tuple[int, int, int, str, int, int | None, int | None, M | None, bytes | None]
+"""File type, miner, number, storage, primary, and the facts: size, mtime_ns, encoded members,
+digest."""
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -51,12 +53,13 @@ class Run(msgspec.Struct, frozen=True):
     shapes: array[int]
     times: array[int]
     """Modification times of the files of directories, row after row."""
+    digests: Digests
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     @property
-    def columns(self) -> tuple[array[int], ...]:
+    def columns(self) -> tuple[array[int] | Digests, ...]:
         """All of its arrays."""
         return (
             self.numbers,
@@ -65,12 +68,15 @@ class Run(msgspec.Struct, frozen=True):
             self.mtimes,
             self.shapes,
             self.times,
+            self.digests,
         )
 
 
 def empty_run(miner: int) -> Run:
     """A run without rows."""
-    return Run(miner, array("q"), array("I"), array("q"), array("q"), array("I"), array("q"))
+    return Run(
+        miner, array("q"), array("I"), array("q"), array("q"), array("I"), array("q"), Digests()
+    )
 
 
 class Pack(msgspec.Struct, frozen=True):
@@ -108,6 +114,7 @@ class Pack(msgspec.Struct, frozen=True):
             run.mtimes[start:end],
             run.shapes[start:end],
             run.times[begin:stop],
+            run.digests.part(start, end),
         )
 
     def _files(self, shapes: array[int]) -> int:
@@ -144,7 +151,7 @@ def _run(
     shapes: _Numbered[Shape],
 ) -> Run:
     # Column by column: a million rows are packed at every start.
-    _, _, numbers, names, primaries, sizes, mtimes, members = zip(*group, strict=True)
+    _, _, numbers, names, primaries, sizes, mtimes, members, digests = zip(*group, strict=True)
     found, times = _shaped(sizes, members, decode, shapes)
     return Run(
         miner,
@@ -154,6 +161,7 @@ def _run(
         array("q", mtimes if None not in mtimes else [mtime_ns or 0 for mtime_ns in mtimes]),
         found,
         times,
+        Digests.of(digests),
     )
 
 
@@ -176,8 +184,9 @@ def _shaped(
     return found, times
 
 
-def to_facts(shape: Shape | None, size: int, mtime_ns: int, times: Iterable[int]) -> Facts:
+def to_facts(
+    shape: Shape | None, size: int, mtime_ns: int, times: Iterable[int], digest: bytes
+) -> Facts:
     """Facts that were told; `shape` is None for a regular file."""
-    if shape is None:
-        return Facts(size, mtime_ns)
-    return Facts(size, mtime_ns, tuple(map(MemberFacts, *shape, times)))
+    members = None if shape is None else tuple(map(MemberFacts, *shape, times))
+    return Facts(size, mtime_ns, members, digest)

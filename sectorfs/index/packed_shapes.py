@@ -14,9 +14,10 @@ import msgspec
 
 from sectorfs.errors import BadInput
 from sectorfs.index import checks, shapes
-from sectorfs.index.packed import FIRST_SHAPE, Pack, Run, Shape
+from sectorfs.index.digests import Digests
+from sectorfs.index.packed import FIRST_SHAPE, UNTOLD, Pack, Run, Shape
 from sectorfs.index.protocol import PackedPage
-from sectorfs.types import FileType, StorageID, parse_member_name
+from sectorfs.types import DIGEST_SIZE, FileType, StorageID, parse_member_name
 
 
 class _Shape(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
@@ -34,6 +35,8 @@ class RunShape(_Shape, frozen=True):
     mtimes_ns: list[int]
     shapes: list[int]
     file_mtimes_ns: list[int] | None = None
+    digests: str | None = None
+    """Those of all rows in hex, zeros for one that has none; null when none has."""
 
 
 class DirectoryShape(_Shape, frozen=True):
@@ -103,6 +106,7 @@ def _from_run(file_type: FileType, run: Run) -> RunShape:
         mtimes_ns=run.mtimes.tolist(),
         shapes=run.shapes.tolist(),
         file_mtimes_ns=run.times.tolist() or None,
+        digests=run.digests.known.hex() or None,
     )
 
 
@@ -147,9 +151,23 @@ def _to_run(shape: RunShape, storages: Sequence[StorageID], directories: Sequenc
             array("q", shape.mtimes_ns),
             array("I", shape.shapes),
             array("q", times),
+            _to_digests(shape, thing),
         )
     except OverflowError as exc:
         raise BadInput("a modification time is beyond 63 bits", thing) from exc
+
+
+def _to_digests(shape: RunShape, thing: object) -> Digests:
+    known = shapes.to_digests(shape.digests or "", thing)
+    rows = len(shape.numbers)
+    if len(known) not in (0, rows * DIGEST_SIZE):
+        raise BadInput("digests that do not fit to the rows", thing)
+    digests = Digests(rows, known)
+    if UNTOLD in shape.shapes and any(
+        digest for kind, digest in zip(shape.shapes, digests, strict=True) if kind == UNTOLD
+    ):
+        raise BadInput("a digest of a file whose size nobody told", thing)
+    return digests
 
 
 def _check_below(values: Sequence[int], end: int, name: str, thing: object) -> None:

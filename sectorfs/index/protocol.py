@@ -4,7 +4,8 @@
 JSON-RPC); one contract suite runs over all of them. Rules every implementation keeps:
 
 * a declaration is visible to `find` before `declare` returns, and survives a power cut;
-* *primary* is only ever upgraded by `declare`; facts that are sent replace those known;
+* *primary* is only ever upgraded by `declare`; facts that are sent replace those known, but a
+  digest is kept while facts come that are the same without one;
 * attaching again merges URLs and replaces every other field;
 * every change gets a sequence number; `changes` names what is true *now* about each thing that
   changed, so applying a change twice, or late, does no harm;

@@ -25,7 +25,7 @@ STORAGE_MARKS = ", ".join("?" * len(STORAGE_COLUMNS.split(",")))
 
 LOCATION_COLUMNS = (
     "l.sector_filetype, l.miner_id, l.sector_num, l.storage_id, l.is_primary,"
-    " f.size, f.mtime_ns, f.members"
+    " f.size, f.mtime_ns, f.members, f.digest"
 )
 LOCATION_TABLES = (
     "sector_location AS l LEFT JOIN sector_facts AS f"
@@ -115,22 +115,23 @@ def to_status(row: Row, now_ns: int) -> StorageStatus:
     )
 
 
-def facts_row(facts: Facts) -> tuple[int, int, bytes | None]:
-    """The columns ``size``, ``mtime_ns`` and ``members``."""
+def facts_row(facts: Facts) -> tuple[int, int, bytes | None, bytes | None]:
+    """The columns ``size``, ``mtime_ns``, ``members`` and ``digest``."""
+    digest = facts.digest or None
     if facts.members is None:
-        return facts.size, facts.mtime_ns, None
+        return facts.size, facts.mtime_ns, None, digest
     members = [(member.name, member.size, member.mtime_ns) for member in facts.members]
-    return facts.size, facts.mtime_ns, _encode(members)
+    return facts.size, facts.mtime_ns, _encode(members), digest
 
 
 def to_declaration(row: Row) -> Declaration:
     """A declaration from `LOCATION_COLUMNS`."""
-    file_type, miner, number, storage, primary, size, mtime_ns, members = row
+    file_type, miner, number, storage, primary, size, mtime_ns, members, digest = row
     return Declaration(
         SectorFile(_TYPES[file_type], SectorID(miner, number)),
         StorageID(sys.intern(storage)),
         bool(primary),
-        None if size is None else Facts(size, mtime_ns, _to_members(members)),
+        None if size is None else Facts(size, mtime_ns, _to_members(members), digest or b""),
     )
 
 

@@ -128,11 +128,12 @@ class MemberShape(_Shape, frozen=True):
 
 
 class FactsShape(_Shape, frozen=True):
-    """Facts; ``Files`` is null for a regular file."""
+    """Facts; ``Files`` is null for a regular file, ``Digest`` hex or empty."""
 
     size: int
     mtime_ns: int
     files: list[MemberShape] | None = None
+    digest: str | None = ""
 
 
 class KeyShape(_Shape, frozen=True):
@@ -350,8 +351,9 @@ def from_declarations(declarations: Sequence[Declaration]) -> list[DeclarationSh
 
 
 def _to_facts(shape: FactsShape) -> Facts:
+    digest = to_digests(shape.digest or "", "Digest")
     if shape.files is None:
-        return Facts(shape.size, shape.mtime_ns)
+        return Facts(shape.size, shape.mtime_ns, None, digest)
     try:
         members = tuple(
             MemberFacts(sys.intern(parse_member_name(file.name)), file.size, file.mtime_ns)
@@ -359,7 +361,18 @@ def _to_facts(shape: FactsShape) -> Facts:
         )
     except ValueError as exc:
         raise BadInput(str(exc), "Files") from exc
-    return Facts(shape.size, shape.mtime_ns, members)
+    return Facts(shape.size, shape.mtime_ns, members, digest)
+
+
+def to_digests(text: str, thing: object) -> bytes:
+    """The bytes of a digest, or of several, in hex."""
+    try:
+        found = bytes.fromhex(text)
+    except ValueError as exc:
+        raise BadInput("not hex", thing) from exc
+    if 2 * len(found) != len(text):  # blanks, which Python lets pass
+        raise BadInput("not hex", thing)
+    return found
 
 
 def _from_facts(facts: Facts) -> FactsShape:
@@ -369,7 +382,9 @@ def _from_facts(facts: Facts) -> FactsShape:
             MemberShape(name=one.name, size=one.size, mtime_ns=one.mtime_ns)
             for one in facts.members
         ]
-    return FactsShape(size=facts.size, mtime_ns=facts.mtime_ns, files=files)
+    return FactsShape(
+        size=facts.size, mtime_ns=facts.mtime_ns, files=files, digest=facts.digest.hex()
+    )
 
 
 def single_type(value: int) -> FileType:

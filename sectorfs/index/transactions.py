@@ -27,6 +27,7 @@ from sectorfs.index.rows import (
     STORAGE_INFO_COUNT,
     STORAGE_MARKS,
     Connection,
+    Row,
     facts_row,
     info_row,
     lease_row,
@@ -110,7 +111,10 @@ def report_health(db: Connection, storage: StorageID, report: HealthReport, now_
 
 
 def declare(db: Connection, declarations: Sequence[Declaration]) -> None:
-    """Upsert declarations: primary is only upgraded, facts that are sent replace those known."""
+    """Upsert declarations: primary is only upgraded, facts that are sent replace those known.
+
+    A digest that is not sent with them is kept while the rest is as it was.
+    """
     wanted = {declaration.storage for declaration in declarations}
     unknown = missing(wanted, [one for one in wanted if _known(db, one)])
     if unknown:
@@ -160,9 +164,8 @@ def _known(db: Connection, storage: StorageID) -> bool:
 
 def _declare_one(db: Connection, declaration: Declaration) -> None:
     where = _where(declaration.key)
-    facts = None if declaration.facts is None else facts_row(declaration.facts)
     row = db.execute(
-        "SELECT l.is_primary, f.size, f.mtime_ns, f.members"
+        "SELECT l.is_primary, f.size, f.mtime_ns, f.members, f.digest"
         " FROM sector_location AS l LEFT JOIN sector_facts AS f"
         " USING (miner_id, sector_num, sector_filetype, storage_id)"
         " WHERE l.miner_id = ? AND l.sector_num = ? AND l.sector_filetype = ?"
@@ -185,16 +188,32 @@ def _declare_one(db: Connection, declaration: Declaration) -> None:
             where,
         )
         changed = True
-    if facts is not None and (row is None or tuple(row[1:]) != facts):
-        db.execute(
-            "INSERT OR REPLACE INTO sector_facts"
-            " (miner_id, sector_num, sector_filetype, storage_id, size, mtime_ns, members)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (*where, *facts),
-        )
-        changed = True
+    if declaration.facts is not None:
+        known = row[1:] if row is not None else (None, None, None, None)
+        changed |= _set_facts(db, where, known, facts_row(declaration.facts))
     if changed:
         _location_changed(db, where)
+
+
+def _set_facts(db: Connection, where: tuple[Any, ...], known: Row, told: Row) -> bool:
+    """Let facts be what is told of a declaration; False when that is known."""
+    *content, digest = told
+    if [*known[:3]] != content:
+        db.execute(
+            "INSERT OR REPLACE INTO sector_facts"
+            " (miner_id, sector_num, sector_filetype, storage_id, size, mtime_ns, members, digest)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (*where, *told),
+        )
+        return True
+    if digest is None or digest == known[3]:
+        return False
+    db.execute(
+        "UPDATE sector_facts SET digest = ? WHERE miner_id = ? AND sector_num = ?"
+        " AND sector_filetype = ? AND storage_id = ?",
+        (digest, *where),
+    )
+    return True
 
 
 def _where(key: LocationKey) -> tuple[Any, ...]:

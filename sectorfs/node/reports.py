@@ -54,6 +54,8 @@ class LocationReport(msgspec.Struct, kw_only=True):
     urls: list[str]
     path: str | None
     healthy: bool
+    digest: str | None
+    """Of this copy, as far as its node told it."""
 
 
 class FileReport(msgspec.Struct, kw_only=True):
@@ -226,6 +228,7 @@ def sector_report(
                 urls=list(storages[item.storage].info.urls) if item.storage in storages else [],
                 path=path_of(item.file, item.storage),
                 healthy=item.storage in storages and storages[item.storage].healthy(cutoff),
+                digest=item.facts.digest.hex() or None if item.facts else None,
             )
             for item in held
         ]

@@ -48,7 +48,10 @@ class Announcer:
         """Something is being told."""
 
     def add(self, file: SectorFile, facts: Facts) -> None:
-        """A regular file, or one file of a directory, has come; never waits."""
+        """A regular file, or one file of a directory, has come; never waits.
+
+        `facts` have a digest only where the whole copy was proved by it.
+        """
         if file not in self._waiting and len(self._waiting) >= LIMIT:
             log.debug("%s: left to the scan of the cache path", file)
             return
@@ -105,7 +108,8 @@ class Announcer:
 
     def _may_complete(self, file: SectorFile, facts: Facts) -> bool:
         """Nothing is arriving for it, and what came is still its content."""
-        return not self._busy(file) and self._current(file) in (facts, None)
+        current = self._current(file)
+        return not self._busy(file) and (current is None or current.bare == facts.bare)
 
     async def _is_received(self, file: SectorFile, facts: Facts) -> bool:
         try:

@@ -177,7 +177,9 @@ class Keeper:
             async with path.changing:
                 if path.removals != removals:
                     looks = await path.look([file for file, _ in part])
-                    part = [one for one, look in zip(part, looks, strict=True) if look == one[1]]
+                    part = [
+                        one for one, look in zip(part, looks, strict=True) if look == one[1].bare
+                    ]
                 batch = [Declaration(file, path.storage, path.primary, one) for file, one in part]
                 if batch:
                     await self._ask(self._index.declare(batch))
@@ -328,10 +330,11 @@ class Keeper:
             if isinstance(look, Odd):
                 names.add_odd(file.sector.name, look.reason)
             if isinstance(look, Facts):
-                if known is None or known.facts != look or known.primary < path.primary:
+                same = known is not None and known.facts is not None and known.facts.bare == look
+                if known is None or not same or known.primary < path.primary:
                     # The first scan of a path meets millions of files that have long been quiet;
                     # one that only became primary is as it was declared.
-                    if (first and is_old(look)) or (known is not None and known.facts == look):
+                    if (first and is_old(look)) or same:
                         fresh.append((file, look))
                     else:
                         await self._let_settle(file, look)

@@ -128,4 +128,5 @@ def _shown(facts: Facts | None) -> str:
     if facts is None:
         return "unknown"
     moment = datetime.fromtimestamp(facts.mtime_ns // 1_000_000_000, UTC)
-    return f"{facts.size} bytes of {moment:%Y-%m-%dT%H:%M:%SZ}"
+    digest = f", digest {facts.digest.hex()[:16]}…" if facts.digest else ""
+    return f"{facts.size} bytes of {moment:%Y-%m-%dT%H:%M:%SZ}{digest}"

@@ -164,7 +164,7 @@ class Receiver:
                 await incoming.begin()
                 for member in members:
                     await self._receive_part(moving, url, member, incoming, lane)
-                if await self._peers.facts(url, file) != facts:
+                if (await self._peers.facts(url, file)).bare != facts.bare:
                     raise Stale("changed while it was moved", f"{url}: {file}", "move it again")
                 await incoming.commit(facts.mtime_ns)
             except BaseException:

@@ -156,7 +156,7 @@ class RemoteStore:
             return
         known = self._learned.get(file)
         if known is not None and await self._is_here(file, known):
-            self._announcer.add(file, known)  # the Index may have been away the first time
+            self._announcer.add(file, known.bare)  # the Index may have been away the first time
         else:
             flight = await self._flights.fly(file, None)
             if flight.causes is not None:
@@ -280,7 +280,8 @@ class RemoteStore:
         for file in self._copies.begun():
             facts = self._facts(file)
             if facts is not None and file.file_type.is_directory:
-                self._announcer.add(file, facts)  # its last file may have come just before the end
+                # Its last file may have come just before the end.
+                self._announcer.add(file, facts.bare)
 
     def _landed(self, file: SectorFile, facts: Facts) -> None:
         """Remember what came until the catalog says it too, so that it is not fetched again."""
@@ -288,7 +289,7 @@ class RemoteStore:
         while len(self._learned) >= LEARNED:
             del self._learned[next(iter(self._learned))]
         self._learned[file] = facts
-        self._announcer.add(file, facts)
+        self._announcer.add(file, facts.bare)
 
     async def _is_here(self, file: SectorFile, facts: Facts) -> bool:
         """Whether a fetched directory still lies in the cache path."""

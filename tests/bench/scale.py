@@ -114,7 +114,7 @@ def fill(path: Path, sectors: int) -> None:
             (key for key, _ in declared(sectors)),
         )
         db.executemany(
-            "INSERT INTO sector_facts VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO sector_facts VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             ((*key, *facts_row(facts)) for key, facts in declared(sectors)),
         )
         db.execute("COMMIT")
