@@ -276,6 +276,21 @@ async def test_facts_are_replaced_when_sent_and_kept_when_not(index: SectorIndex
         assert await index.sector(sector(1)) == [held("a", 1, facts=kept)]
 
 
+async def test_facts_that_others_found_out_make_nobody_a_holder(index: SectorIndex) -> None:
+    await index.attach(info("a"), STAT)
+    await index.declare([held("a", 1, primary=False)])
+    since = await position(index)
+    told = [held("a", 1, facts=Facts(5, 6)), held("a", 2, facts=Facts(5, 6)), held("nowhere", 1)]
+    await index.tell(told)
+    assert (await index.snapshot()).declarations == (
+        held("a", 1, primary=False, facts=Facts(5, 6)),
+    )
+    found = await news(index, since)
+    assert found.declared == (held("a", 1, primary=False, facts=Facts(5, 6)),)
+    await index.tell([held("a", 1, facts=Facts(5, 6))])
+    assert (await position(index))[1] == found.seq
+
+
 async def test_what_is_so_already_is_no_change(index: SectorIndex) -> None:
     await index.attach(info("a"), STAT)
     first = [held("a", 1, facts=Facts(1, 1)), held("a", 2, facts=directory("x")), held("a", 3)]

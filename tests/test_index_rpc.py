@@ -318,6 +318,7 @@ async def test_reading_needs_read_and_changing_needs_admin(attached: Server) -> 
         "Filecoin.BatchStorageDeclareSectors",
         "Filecoin.StorageDropSector",
         "Sectorfs.DropSectors",
+        "Sectorfs.TellFacts",
         "Filecoin.StorageLock",
         "Filecoin.StorageTryLock",
         "Sectorfs.Lock",

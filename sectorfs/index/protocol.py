@@ -238,6 +238,12 @@ class SectorIndex(SectorLocks, Protocol):
     async def declare(self, declarations: Sequence[Declaration]) -> None:
         """Declare a batch, all or nothing."""
 
+    async def tell(self, found: Sequence[Declaration]) -> None:
+        """Set the facts of declarations there are: those that others found out of a file.
+
+        Nobody is made a holder, or primary, by it: what is not declared is passed over.
+        """
+
     async def drop(self, keys: Sequence[LocationKey]) -> None:
         """Drop declarations; one that does not exist is fine."""
 

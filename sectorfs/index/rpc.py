@@ -70,6 +70,7 @@ def index_methods(index: SectorIndex, *, max_listed: int = MAX_LISTED) -> list[M
         _read("Filecoin.StorageList", serve.list_all),
         _read("Sectorfs.FindSector", serve.find, sector, mask, int, bool),
         _read("Sectorfs.StorageStatus", serve.storages),
+        _admin("Sectorfs.TellFacts", serve.tell, list[shapes.DeclarationShape] | None),
         _admin("Sectorfs.DropSectors", serve.drop, list[shapes.KeyShape] | None),
         _read("Sectorfs.Sector", serve.sector, sector),
         _read("Sectorfs.Declarations", serve.declarations, str, shapes.FileShape | None, int),
@@ -125,6 +126,11 @@ class _Server:
 
     async def declare(self, batch: list[shapes.DeclarationShape] | None) -> None:
         await self._index.declare(
+            [one for shape in batch or () for one in shapes.to_declarations(shape)]
+        )
+
+    async def tell(self, batch: list[shapes.DeclarationShape] | None) -> None:
+        await self._index.tell(
             [one for shape in batch or () for one in shapes.to_declarations(shape)]
         )
 
@@ -262,6 +268,16 @@ class RpcIndex:
         for part in _cut(batch):
             params = [shapes.from_declarations(part)]
             await self._call("Filecoin.BatchStorageDeclareSectors", params, type(None))
+
+    async def tell(self, found: Sequence[Declaration]) -> None:
+        """Set the facts of declarations there are; others are passed over."""
+        batch = tuple(found)
+        for declaration in batch:
+            checks.check_declaration(declaration)
+        await trio.lowlevel.checkpoint()
+        for part in _cut(batch):
+            params = [shapes.from_declarations(part)]
+            await self._call("Sectorfs.TellFacts", params, type(None))
 
     async def drop(self, keys: Sequence[LocationKey]) -> None:
         """Drop declarations; one that does not exist is fine."""

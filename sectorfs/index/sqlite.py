@@ -157,6 +157,13 @@ class SqliteIndex:
             checks.check_declaration(declaration)
         await self._write(lambda db: transactions.declare(db, batch))
 
+    async def tell(self, found: Sequence[Declaration]) -> None:
+        """Set the facts of declarations there are; others are passed over."""
+        batch = tuple(found)
+        for declaration in batch:
+            checks.check_declaration(declaration)
+        await self._write(lambda db: transactions.tell(db, batch))
+
     async def drop(self, keys: Sequence[LocationKey]) -> None:
         """Drop declarations; one that does not exist is fine."""
         batch = tuple(keys)

@@ -11,6 +11,8 @@ import secrets
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import msgspec
+
 from sectorfs.errors import NotFound
 from sectorfs.index.checks import missing
 from sectorfs.index.protocol import (
@@ -121,6 +123,18 @@ def declare(db: Connection, declarations: Sequence[Declaration]) -> None:
         raise unknown_storage(unknown[0])
     for declaration in declarations:
         _declare_one(db, declaration)
+
+
+def tell(db: Connection, found: Sequence[Declaration]) -> None:
+    """Set the facts of declarations there are, and nothing else of them."""
+    for declaration in found:
+        row = db.execute(
+            "SELECT 1 FROM sector_location WHERE miner_id = ? AND sector_num = ?"
+            " AND sector_filetype = ? AND storage_id = ?",
+            _where(declaration.key),
+        ).fetchone()
+        if row is not None:
+            _declare_one(db, msgspec.structs.replace(declaration, primary=False))
 
 
 def drop(db: Connection, keys: Sequence[LocationKey]) -> None:
