@@ -16,6 +16,7 @@ import trio
 from sectorfs.errors import NotFound
 from sectorfs.stores.directories import OpenDirectory
 from sectorfs.stores.lanes import Lane
+from sectorfs.stores.layout import FULL
 from sectorfs.stores.protocol import OpenFile
 from sectorfs.types import FileType, SectorFile, SectorID
 from sectorfs.wire.messages import LateFile, PartedBody, Reply, Request
@@ -51,15 +52,16 @@ def contents(body: bytes) -> dict[str, bytes]:
 
 
 async def test_a_directory_comes_as_a_closed_tar_of_known_length(tmp_path: Path) -> None:
-    write_directory(tmp_path / "cache/s-t01000-7", COMPLETE)
+    known = {name: data for name, data in COMPLETE.items() if name in FULL}
+    write_directory(tmp_path / "cache/s-t01000-7", known)
     before = open_fds()
     async with served(FolderFiles(tmp_path)) as node:
         answer = await node.ask(CACHE)
         assert answer.status == 200
         assert answer.headers["content-type"] == "application/x-tar"
         assert answer.headers["content-length"] == str(len(answer.body))
-        assert contents(answer.body) == COMPLETE
-        assert list(contents(answer.body)) == sorted(COMPLETE)
+        assert contents(answer.body) == known
+        assert list(contents(answer.body)) == sorted(known)
         _, ending = read([answer.body])
         assert not ending.unterminated
         head = await node.ask(CACHE, method="HEAD")
@@ -77,6 +79,18 @@ async def test_the_minimal_cache(tmp_path: Path, query: str) -> None:
         assert contents((await node.ask(CACHE + query)).body) == FINALIZED
 
 
+async def test_what_other_programs_refuse_travels_on_demand(tmp_path: Path) -> None:
+    """They give a whole fetch up at the first name that they do not know."""
+    files = {**COMPLETE, "odd.name": b"odd", "batch.json": b"{}"}
+    write_directory(tmp_path / "cache/s-t01000-7", files)
+    async with served(FolderFiles(tmp_path)) as node:
+        plain = await node.ask(CACHE)
+        assert files.keys() - contents(plain.body).keys() == {"sc-02-data-tree-c.dat", "odd.name"}
+        everything = await node.ask(CACHE + "?all")
+        assert contents(everything.body) == files
+        assert everything.headers["etag"] != plain.headers["etag"]
+
+
 async def test_everything_flat_and_regular_travels_and_nothing_else(tmp_path: Path) -> None:
     directory = write_directory(tmp_path / "cache/s-t01000-7", {**COMPLETE, "odd.name": b"odd"})
     (directory / "sub").mkdir()
@@ -84,7 +98,8 @@ async def test_everything_flat_and_regular_travels_and_nothing_else(tmp_path: Pa
     (directory / "p_aux.tmp").write_bytes(b"x")
     os.mkfifo(directory / "fifo")
     async with served(FolderFiles(tmp_path)) as node:
-        assert contents((await node.ask(CACHE)).body) == {**COMPLETE, "odd.name": b"odd"}
+        answer = await node.ask(CACHE + "?all")
+        assert contents(answer.body) == {**COMPLETE, "odd.name": b"odd"}
 
 
 async def test_an_empty_directory_and_an_empty_file(tmp_path: Path) -> None:

@@ -6,19 +6,19 @@ work by its lane; what waits longer than the disk's deadline is answered 503.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Container
 from typing import TypeVar
 
 import msgspec
 import trio
 
-from sectorfs.errors import NotFound, StorageUnavailable
+from sectorfs.errors import BadRange, NotFound, StorageUnavailable
 from sectorfs.index.protocol import FsStat
 from sectorfs.server import allocated
 from sectorfs.server.archives import archive_reply
 from sectorfs.server.conditions import plain_ranges
 from sectorfs.server.ranges import excerpt_reply, file_reply
-from sectorfs.stores.layout import MINIMAL
+from sectorfs.stores.layout import FULL, MINIMAL
 from sectorfs.stores.protocol import LocalFiles
 from sectorfs.types import (
     Facts,
@@ -81,8 +81,9 @@ class FileRoutes:
         file = _sector_file(request)
         if not file.file_type.is_directory:
             return await self._file(request, file, None)
-        only = MINIMAL if "mincache" in request.query else None
-        directory = await self._timely(self._files.open_directory(file, only=only), file)
+        directory = await self._timely(
+            self._files.open_directory(file, only=_travelling(request)), file
+        )
         try:
             return archive_reply(request, directory)
         except BaseException:
@@ -97,6 +98,8 @@ class FileRoutes:
         opened = await self._timely(self._files.open_file(file), file)
         try:
             await allocated.check(opened, file, sector_size=sector_size, offset=start, size=length)
+        except BadRange as exc:
+            return Reply(exc.status)  # no text: Go gives up a connection that has some unread
         finally:
             opened.close()
         return Reply(200)
@@ -136,6 +139,17 @@ class FileRoutes:
         with trio.move_on_after(self._deadline):
             return await call
         raise StorageUnavailable(f"no answer within {self._deadline:g} s", thing)
+
+
+def _travelling(request: Request) -> Container[str] | None:
+    """Which files of a directory are sent; None for all.
+
+    Nodes of Curio, and late ones of lotus, give a whole fetch up at the first name they do not
+    know, and nothing in a request tells them from others.
+    """
+    if "mincache" in request.query:
+        return MINIMAL
+    return None if "all" in request.query else FULL
 
 
 def _sector_file(request: Request) -> SectorFile:

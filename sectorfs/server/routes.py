@@ -8,7 +8,7 @@ path                                                   methods    needs
 ``/health``                                            GET, HEAD  nothing
 ``/rpc/v0``                                            POST       a valid token; per method
 ``/remote/stat/{storage}``                             GET, HEAD  ``read``
-``/remote/{type}/{sector}[?mincache]``                 GET, HEAD  ``read``
+``/remote/{type}/{sector}[?mincache|?all]``            GET, HEAD  ``read``
 ``/remote/{type}/{sector}[?keep=ID.ID]``               DELETE     ``admin``
 ``/remote/{type}/{sector}/files``                      GET, HEAD  ``read``
 ``/remote/{type}/{sector}/files/{name}``               GET, HEAD  ``read``
@@ -132,6 +132,8 @@ class _Routes:
         match segments[1:]:
             case ("stat", _):
                 return self._stat
+            case ("vanilla", _):
+                return None  # proofs: after 404, and nothing else, the next holder is asked
             case (_, _):
                 return self._sector
             case (_, _, "files"):
