@@ -10,8 +10,8 @@ are translated in the module that made the call, with ``from exc``.
 from __future__ import annotations
 
 import errno as _errno
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 
 class SectorFSError(Exception):
@@ -161,6 +161,10 @@ class SourceFailed(SectorFSError):
     retry = True
 
 
+class WrongBytes(SourceFailed):
+    """A source gave bytes, or hashes, that are not those of the content that it should give."""
+
+
 class NoSource(SectorFSError):
     """Every source of a sector file failed, or there is none."""
 
@@ -171,6 +175,17 @@ class NoSource(SectorFSError):
         super().__init__(what, thing, hint)
         self.causes = tuple(causes)
         """Why each source failed, in the order they were tried."""
+
+
+class NoProof(NoSource):
+    """Nobody has the manifest that would prove a part of a file; the whole of it may still be."""
+
+    def __init__(
+        self, what: str, thing: object = "", failed: Mapping[Any, SectorFSError] | None = None
+    ) -> None:
+        super().__init__(what, thing, tuple((failed or {}).values()))
+        self.failed = dict(failed or {})
+        """Why by source."""
 
 
 class Stale(SectorFSError):

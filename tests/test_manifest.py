@@ -169,3 +169,16 @@ def test_headers_of_other_things_are_refused() -> None:
     for bad in (header[:-1], b"\0" * HEADER, header[:-1] + b"\1", header[:8] + b"\2" + header[9:]):
         with pytest.raises(BadInput):
             manifest.parse_header(bad)
+
+
+@given(SIZES, st.data())
+def test_edges_are_the_blocks_touched_and_not_covered(size: int, data: st.DataObject) -> None:
+    near = [at + by for at in range(0, size + BLOCK, BLOCK) for by in (-1, 0, 1)]
+    spots = st.one_of(st.integers(0, size + 10), st.sampled_from([at for at in near if at >= 0]))
+    start, end = sorted((data.draw(spots), data.draw(spots)))
+    wanted = []
+    for block in range(manifest.block_count(size)):
+        low, high = block * BLOCK, min(size, (block + 1) * BLOCK)
+        if max(start, low) < min(end, high) and not (start <= low and end >= high):
+            wanted.append(block)
+    assert list(manifest.edge_blocks(size, start, end)) == wanted

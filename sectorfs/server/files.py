@@ -17,6 +17,7 @@ from sectorfs.index.protocol import FsStat
 from sectorfs.server import allocated
 from sectorfs.server.archives import archive_reply
 from sectorfs.server.conditions import plain_ranges
+from sectorfs.server.leaves import LeafHeaders
 from sectorfs.server.ranges import excerpt_reply, file_reply
 from sectorfs.stores.layout import FULL, MINIMAL
 from sectorfs.stores.protocol import LocalFiles
@@ -62,8 +63,9 @@ class _ListingShape(msgspec.Struct, rename="pascal"):
 class FileRoutes:
     """Answers for storage paths of this node."""
 
-    def __init__(self, files: LocalFiles, *, deadline: float) -> None:
+    def __init__(self, files: LocalFiles, leaves: LeafHeaders, *, deadline: float) -> None:
         self._files = files
+        self._leaves = leaves
         self._deadline = deadline
 
     async def stat(self, request: Request) -> Reply:
@@ -78,7 +80,7 @@ class FileRoutes:
 
     async def sector(self, request: Request) -> Reply:
         """``/remote/{type}/{sector}``: a sector file, whole or ranges of it, or a directory."""
-        file = _sector_file(request)
+        file = sector_file(request)
         if not file.file_type.is_directory:
             return await self._file(request, file, None)
         directory = await self._timely(
@@ -92,7 +94,7 @@ class FileRoutes:
 
     async def allocated(self, request: Request) -> Reply:
         """``/remote/unsealed/{sector}/{proof}/allocated/{offset}/{size}``: 200 or 416."""
-        file = _sector_file(request)
+        file = sector_file(request)
         _, _, _, proof, _, offset, size = request.segments
         sector_size, start, length = allocated.parse(file, proof, offset, size)
         opened = await self._timely(self._files.open_file(file), file)
@@ -106,26 +108,21 @@ class FileRoutes:
 
     async def listing(self, request: Request) -> Reply:
         """``/remote/{type}/{sector}/files``: the facts of a sector file."""
-        file = _sector_file(request)
+        file = sector_file(request)
         facts = await self._timely(self._files.listing(file), file)
         return Reply(200, (_JSON,), _listing_json(facts))
 
     async def member(self, request: Request) -> Reply:
         """``/remote/{type}/{sector}/files/{name}``: one file of a sector directory."""
-        file = _sector_file(request)
-        if not file.file_type.is_directory:
-            raise NotFound("not a directory", file)
-        try:
-            name = parse_member_name(request.segments[4])
-        except ValueError as exc:
-            raise NotFound(str(exc), file) from exc
-        return await self._file(request, file, name)
+        file = sector_file(request)
+        return await self._file(request, file, member_name(request, file))
 
     async def _file(self, request: Request, file: SectorFile, member: str | None) -> Reply:
         asked = plain_ranges(request.headers, EXCERPT) if request.method == "GET" else None
         if asked is not None:
             excerpt = await self._timely(self._files.excerpt(file, member, asked), file)
-            reply = excerpt_reply(request, excerpt, asked)
+            leaves = await self._leaves.of(request, file, member, excerpt, asked)
+            reply = excerpt_reply(request, excerpt, asked, leaves)
             if reply is not None:
                 return reply
         opened = await self._timely(self._files.open_file(file, member), file)
@@ -136,9 +133,24 @@ class FileRoutes:
             raise
 
     async def _timely(self, call: Awaitable[T], thing: object) -> T:
-        with trio.move_on_after(self._deadline):
-            return await call
-        raise StorageUnavailable(f"no answer within {self._deadline:g} s", thing)
+        return await timely(call, thing, self._deadline)
+
+
+async def timely(call: Awaitable[T], thing: object, deadline: float) -> T:
+    """What a call gives; `StorageUnavailable` after so many seconds."""
+    with trio.move_on_after(deadline):
+        return await call
+    raise StorageUnavailable(f"no answer within {deadline:g} s", thing)
+
+
+def member_name(request: Request, file: SectorFile) -> str:
+    """The file of a sector directory that a path names."""
+    if not file.file_type.is_directory:
+        raise NotFound("not a directory", file)
+    try:
+        return parse_member_name(request.segments[4])
+    except ValueError as exc:
+        raise NotFound(str(exc), file) from exc
 
 
 def _travelling(request: Request) -> Container[str] | None:
@@ -152,7 +164,8 @@ def _travelling(request: Request) -> Container[str] | None:
     return None if "all" in request.query else FULL
 
 
-def _sector_file(request: Request) -> SectorFile:
+def sector_file(request: Request) -> SectorFile:
+    """The sector file that a path names."""
     _, type_name, sector_name = request.segments[:3]
     try:
         return SectorFile(parse_file_type(type_name), parse_sector(sector_name))

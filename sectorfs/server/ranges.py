@@ -6,7 +6,7 @@ Small ranges come as an `Excerpt`, read by the thread that opened the file; all 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import trio
 
@@ -14,7 +14,7 @@ from sectorfs.errors import BadRange, SourceFailed
 from sectorfs.server.conditions import byte_ranges, precondition, validators
 from sectorfs.stores.protocol import OpenFile
 from sectorfs.stores.regular import Excerpt, Spans
-from sectorfs.stores.transfer import MTIME_HEADER
+from sectorfs.stores.transfer import LEAVES_HEADER, MTIME_HEADER
 from sectorfs.wire.messages import FileBody, LateFile, PartedBody, Reply, Request, error_reply
 
 OCTETS = "application/octet-stream"
@@ -36,8 +36,13 @@ def file_reply(request: Request, opened: OpenFile) -> Reply:
     return _one(headers, wanted[0], opened.size, _piece(opened, offset, length, closes=True))
 
 
-def excerpt_reply(request: Request, excerpt: Excerpt, asked: Spans) -> Reply | None:
-    """The reply with an excerpt of the spans `asked`; None when the whole file is wanted."""
+def excerpt_reply(
+    request: Request, excerpt: Excerpt, asked: Spans, leaves: Sequence[str]
+) -> Reply | None:
+    """The reply with an excerpt of the spans `asked`; None when the whole file is wanted.
+
+    `leaves` go beside those of the spans that lie in the file; empty ones are left out.
+    """
     headers, wanted = _wanted(request, excerpt)
     if isinstance(wanted, Reply) or wanted is None:
         return wanted
@@ -50,9 +55,10 @@ def excerpt_reply(request: Request, excerpt: Excerpt, asked: Spans) -> Reply | N
         if len(piece) != length:
             raise SourceFailed(f"the file ends within {length} bytes from {offset}", request.path)
     if len(wanted) == 1:
-        return _one(headers, wanted[0], excerpt.size, within[0])
+        beside = ((LEAVES_HEADER, leaves[0]),) if leaves[0] else ()
+        return _one((*headers, *beside), wanted[0], excerpt.size, within[0])
     boundary = _boundary()
-    lines = _part_heads(wanted, boundary, excerpt.size)
+    lines = _part_heads(wanted, boundary, excerpt.size, leaves)
     body = b"".join(part for pair in zip(lines, within, strict=True) for part in pair)
     return Reply(206, (_parted(boundary), *headers), body + _end(boundary))
 
@@ -90,7 +96,7 @@ def _whole(opened: OpenFile, headers: Headers) -> Reply:
 
 def _parts(opened: OpenFile, spans: Spans, headers: Headers) -> Reply:
     boundary = _boundary()
-    lines = _part_heads(spans, boundary, opened.size)
+    lines = _part_heads(spans, boundary, opened.size, [""] * len(spans))
     parts: list[bytes | LateFile] = []
     for line, (offset, length) in zip(lines, spans, strict=True):
         parts += [line, _late(opened, offset, length)]
@@ -106,12 +112,15 @@ def _parted(boundary: str) -> tuple[str, str]:
     return ("content-type", f"multipart/byteranges; boundary={boundary}")
 
 
-def _part_heads(spans: Spans, boundary: str, size: int) -> Iterator[bytes]:
+def _part_heads(spans: Spans, boundary: str, size: int, leaves: Sequence[str]) -> Iterator[bytes]:
     """What stands before each part."""
     line = f"--{boundary}"
-    for span in spans:
+    for span, hashes in zip(spans, leaves, strict=True):
         extent = _extent(*span, size)
-        yield f"{line}\r\ncontent-type: {OCTETS}\r\ncontent-range: {extent}\r\n\r\n".encode()
+        beside = f"{LEAVES_HEADER}: {hashes}\r\n" if hashes else ""
+        yield (
+            f"{line}\r\ncontent-type: {OCTETS}\r\ncontent-range: {extent}\r\n{beside}\r\n".encode()
+        )
         line = f"\r\n--{boundary}"
 
 

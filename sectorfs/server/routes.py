@@ -12,6 +12,8 @@ path                                                   methods    needs
 ``/remote/{type}/{sector}[?keep=ID.ID]``               DELETE     ``admin``
 ``/remote/{type}/{sector}/files``                      GET, HEAD  ``read``
 ``/remote/{type}/{sector}/files/{name}``               GET, HEAD  ``read``
+``/remote/{type}/{sector}/manifest``                   GET, HEAD  ``read``
+``/remote/{type}/{sector}/manifest/{name}``            GET, HEAD  ``read``
 ``/remote/{type}/{sector}/{proof}/allocated/{o}/{n}``  GET, HEAD  ``read``
 =====================================================  =========  ==========================
 
@@ -30,8 +32,12 @@ from sectorfs.errors import NotFound, SectorFSError
 from sectorfs.metrics import HTTP_REQUESTS
 from sectorfs.server.access import Access
 from sectorfs.server.files import FileRoutes
+from sectorfs.server.leaves import LeafHeaders
+from sectorfs.server.manifests import ManifestRoutes
 from sectorfs.server.removal import RemovalRoute, Removes
+from sectorfs.stores.manifest_store import ManifestStore
 from sectorfs.stores.protocol import LocalFiles
+from sectorfs.types import SectorFile
 from sectorfs.wire.messages import Gone, MethodRefused, Reply, Request, error_reply
 from sectorfs.wire.server import Handler
 from sectorfs.wire.tokens import Secret
@@ -44,6 +50,10 @@ class Rpc(Protocol):
         self, body: bytes, permissions: frozenset[str], *, gone: Gone
     ) -> tuple[int, bytes]:
         """HTTP status and body; what only waits ends when the caller is gone."""
+
+
+def _nothing(file: SectorFile) -> None:
+    """Nobody wants to know."""
 
 
 RPC_LIMIT = 100 * 1024 * 1024
@@ -68,31 +78,37 @@ def make_handler(
     health: Callable[[], Mapping[str, Any]],
     status: Callable[[], str],
     deadline: float,
+    manifests: ManifestStore | None = None,
+    missed: Callable[[SectorFile], object] = _nothing,
     remover: Removes | None = None,
 ) -> Handler:
     """The handler of a node's server; `deadline` bounds what waits for a disk.
 
-    Without a `remover` nothing can be deleted.
+    `missed` is told of files whose manifest was asked for in vain. Without `manifests` nothing is
+    proved, without a `remover` nothing can be deleted.
     """
-    return _Routes(files, secret, rpc, health, status, deadline, remover).handle
+    proofs = None
+    if manifests is not None:
+        proofs = ManifestRoutes(files, manifests, deadline=deadline, missed=missed)
+    remote = FileRoutes(files, LeafHeaders(manifests), deadline=deadline)
+    return _Routes(remote, proofs, secret, rpc, health, status, remover).handle
 
 
 class _Routes:
     def __init__(
         self,
-        files: LocalFiles,
+        remote: FileRoutes,
+        proofs: ManifestRoutes | None,
         secret: Secret,
         rpc: Rpc,
         health: Callable[[], Mapping[str, Any]],
         status: Callable[[], str],
-        deadline: float,
         remover: Removes | None,
     ) -> None:
         self._access = Access(secret)
         self._rpc = rpc
         self._health = health
         self._status = status
-        remote = FileRoutes(files, deadline=deadline)
         self._fixed = {
             (): _Route("status", self._show_status, needs="read off loopback"),
             ("metrics",): _Route("metrics", self._show_metrics, needs="read off loopback"),
@@ -110,6 +126,8 @@ class _Routes:
             )
         self._listing = _Route("listing", remote.listing)
         self._member = _Route("member", remote.member)
+        self._manifest = _Route("manifest", proofs.sector) if proofs else None
+        self._member_manifest = _Route("member manifest", proofs.member) if proofs else None
         self._allocated = _Route("allocated", remote.allocated)
 
     async def handle(self, request: Request) -> Reply:
@@ -140,6 +158,10 @@ class _Routes:
                 return self._listing
             case (_, _, "files", _):
                 return self._member
+            case (_, _, "manifest"):
+                return self._manifest
+            case (_, _, "manifest", _):
+                return self._member_manifest
             case (_, _, _, "allocated", _, _):
                 return self._allocated
         return None

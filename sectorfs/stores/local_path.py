@@ -348,7 +348,7 @@ class LocalPath:
     ) -> Excerpt:
         """Parts of a regular file; else as `open`."""
         name = self.name_of(file, member)
-        return await self._open(lambda: read_excerpt(name, spans), name, expected)
+        return await self._open(lambda: read_excerpt(name, spans, self.storage), name, expected)
 
     async def _open(
         self,

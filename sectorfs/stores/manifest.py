@@ -34,6 +34,7 @@ __all__ = [
     "block_count",
     "block_hash",
     "directory_digest",
+    "edge_blocks",
     "encoded_size",
     "leaf_count",
     "leaf_hashes",
@@ -93,6 +94,23 @@ def leaves_at(size: int, block: int) -> tuple[int, int]:
     first = block * _LEAVES
     count = min(_LEAVES, leaf_count(size) - first)
     return outline_size(size) + HASH * first, HASH * count
+
+
+def edge_blocks(size: int, start: int, end: int) -> tuple[int, ...]:
+    """The blocks that a part of a file touches without having them whole: two at most.
+
+    For these its receiver needs leaf hashes; for the others the outline is enough.
+    """
+    end = min(end, size)
+    if start >= end:
+        return ()
+    first, last = start // BLOCK, (end - 1) // BLOCK
+    whole_first = start % BLOCK == 0 and end >= min((first + 1) * BLOCK, size)
+    whole_last = (end % BLOCK == 0 or end == size) and (first < last or whole_first)
+    edges = [] if whole_first else [first]
+    if last != first and not whole_last:
+        edges.append(last)
+    return tuple(edges)
 
 
 def leaf_hashes(data: Bytes) -> bytes:

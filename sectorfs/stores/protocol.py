@@ -76,6 +76,10 @@ class SectorDirectory(Protocol):
     """An open sector directory: one content on one storage, whatever takes its place meanwhile."""
 
     @property
+    def storage(self) -> StorageID:
+        """Where it lies."""
+
+    @property
     def members(self) -> tuple[TarMember, ...]:
         """Its files, by ascending name."""
 

@@ -13,6 +13,7 @@ import msgspec
 
 from sectorfs.errors import NotFound
 from sectorfs.stores.file_systems import open_to_read
+from sectorfs.types import StorageID
 
 Spans = Sequence[tuple[int, int]]
 """Offsets and lengths."""
@@ -26,6 +27,8 @@ class Excerpt(msgspec.Struct, frozen=True):
     inode: int
     pieces: tuple[bytes, ...]
     """One per span, in their order; shorter, or empty, where the file ends before."""
+    storage: StorageID
+    """Where the file lies."""
 
 
 def open_regular(name: str) -> tuple[int, os.stat_result]:
@@ -44,12 +47,12 @@ def open_regular(name: str) -> tuple[int, os.stat_result]:
         raise
 
 
-def read_excerpt(name: str, spans: Spans) -> Excerpt:
-    """Read the bytes at `spans`."""
+def read_excerpt(name: str, spans: Spans, storage: StorageID) -> Excerpt:
+    """Read the bytes at `spans` of a file that lies on `storage`."""
     fd, found = open_regular(name)
     try:
         pieces = tuple(_read(fd, offset, length) for offset, length in spans)
-        return Excerpt(found.st_size, found.st_mtime_ns, found.st_ino, pieces)
+        return Excerpt(found.st_size, found.st_mtime_ns, found.st_ino, pieces, storage)
     finally:
         os.close(fd)
 

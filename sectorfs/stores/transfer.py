@@ -8,11 +8,18 @@ then read off a range of one byte, and a directory comes as one tar stream (`arc
 
 from __future__ import annotations
 
+import base64
 import math
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+)
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Annotated, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -20,6 +27,7 @@ import msgspec
 import trio
 
 from sectorfs.errors import (
+    BadInput,
     Forbidden,
     NoRanges,
     NotFound,
@@ -31,10 +39,14 @@ from sectorfs.errors import (
     TooLarge,
     Unauthorized,
     Unreachable,
+    WrongBytes,
 )
 from sectorfs.index.content import same_mtime
 from sectorfs.index.protocol import FsStat
 from sectorfs.metrics import FETCHED_BYTES, SOURCE_FAILURES
+from sectorfs.stores.manifest import Outline, leaves_at, outline_size
+from sectorfs.stores.rolls import LIMIT as ROLL_LIMIT
+from sectorfs.stores.rolls import Roll, decode_roll
 from sectorfs.stores.tar_writer import CONTENT_TYPE
 from sectorfs.types import (
     MAX_NUMBER,
@@ -47,7 +59,7 @@ from sectorfs.types import (
 from sectorfs.wire.client import Client
 from sectorfs.wire.messages import Runner
 from sectorfs.wire.multipart import CONTENT_RANGE, boundary_of, parts
-from sectorfs.wire.response import Response
+from sectorfs.wire.response import Response, Sieve
 
 MTIME_HEADER = "sectorfs-mtime-ns"
 """Last-Modified to the nanosecond, in answers of our nodes."""
@@ -59,6 +71,11 @@ Sent to our nodes and passed over by others."""
 MOVED_HEADER = "sectorfs-moved-to"
 """The storage that a file was moved to, in a request to remove it where it was; likewise."""
 
+LEAVES_HEADER = "sectorfs-leaves"
+"""``1`` in a request for ranges: with leaf hashes, please; in the answer, or in each of its parts,
+those of the blocks that the range touches without covering them, in base64."""
+
+_WITH_LEAVES = ((LEAVES_HEADER, "1"),)
 _REMOVE_SECONDS = 300.0
 _STAT_LIMIT = 64 * 1024
 _LISTING_LIMIT = 16 * 1024 * 1024
@@ -246,16 +263,19 @@ class PeerClient:
         spans: Sequence[tuple[int, int]],
         *,
         expect: Version | None,
-        deliver: Callable[[int, bytes], object],
+        leaves: bool,
+        deliver: Callable[[int, bytes, bytes], object],
     ) -> Version:
         """Give `deliver` the bytes of each span (start, end), all in one request.
 
-        `Stale` when the peer gives another version than `expect`, as far as either tells;
-        `NoRanges` when it gives files whole only.
+        With `leaves` it is asked for leaf hashes too, and gives `deliver` those that came: of the
+        span's `edge_blocks`, or none. `Stale` when the peer gives another version than `expect`, as
+        far as either tells; `NoRanges` when it gives files whole only.
         """
         text = ",".join(f"{start}-{end - 1}" for start, end in spans)
         url = _file_url(base_url, file, member)
-        async with self._ask("GET", url, (("range", f"bytes={text}"),)) as response:
+        headers = (("range", f"bytes={text}"), *(_WITH_LEAVES if leaves else ()))
+        async with self._ask("GET", url, headers) as response:
             await _expect_ranges(response)
             wanted = sum(end - start for start, end in spans)
             if len(spans) == 1:
@@ -264,7 +284,7 @@ class PeerClient:
                 if len(data) != wanted:
                     raise SourceFailed(f"sent {len(data)} bytes instead of {wanted}", response.url)
                 self._received(url, wanted)
-                deliver(spans[0][0], data)
+                deliver(spans[0][0], data, _told(response.headers))
                 return version
             body = await response.read(wanted + _PART_OVERHEAD * (len(spans) + 1))
             self._received(url, wanted)
@@ -281,18 +301,99 @@ class PeerClient:
         expect: Version | None,
         run: Runner,
         progress: Callable[[int], object] | None = None,
+        sieve: Callable[[bytes], AbstractAsyncContextManager[Sieve]] | None = None,
     ) -> Version:
-        """Write a span to its place in `descriptor`; else as `ranges` and `fetch`."""
+        """Write a span to its place in `descriptor`; else as `ranges` and `fetch`.
+
+        With a `sieve`, which is made of the leaf hashes that came, only what that lets through.
+        """
         start, end = span
         url = _file_url(base_url, file, member)
-        headers = (("range", f"bytes={start}-{end - 1}"),)
+        headers = (("range", f"bytes={start}-{end - 1}"), *(_WITH_LEAVES if sieve else ()))
         async with self._ask("GET", url, headers, bulk=True) as response:
             await _expect_ranges(response)
             version = _span_version(response, span, expect)
-            await response.save(
-                descriptor, offset=start, length=end - start, run=run, progress=progress
+            save = partial(
+                response.save,
+                descriptor,
+                offset=start,
+                length=end - start,
+                run=run,
+                progress=progress,
             )
+            if sieve is None:
+                await save()
+            else:
+                async with sieve(_told(response.headers)) as made:
+                    await save(sieve=made)
             return version
+
+    async def manifest(
+        self,
+        base_url: str,
+        file: SectorFile,
+        member: str | None,
+        span: tuple[int, int],
+    ) -> bytes:
+        """Bytes of the encoded manifest of a file; proved by nothing yet."""
+        start, end = span
+        url = _manifest_url(base_url, file, member)
+        async with self._ask("GET", url, (("range", f"bytes={start}-{end - 1}"),)) as response:
+            await _expect_ranges(response)
+            _span_version(response, span, None)
+            data = await response.read(end - start)
+        if len(data) != end - start:
+            raise SourceFailed(f"sent {len(data)} bytes of a manifest", url)
+        return data
+
+    async def outline(
+        self,
+        base_url: str,
+        file: SectorFile,
+        member: str | None,
+        *,
+        size: int,
+        digest: bytes,
+    ) -> Outline:
+        """The block hashes of a file of this size, proved by its digest."""
+        data = await self.manifest(base_url, file, member, (0, outline_size(size)))
+        with _proving(_manifest_url(base_url, file, member)):
+            outline = Outline.decode(data)
+        if (outline.size, outline.digest) != (size, digest):
+            raise WrongBytes(
+                "has a manifest of another content", _manifest_url(base_url, file, member)
+            )
+        return outline
+
+    async def leaves(
+        self,
+        base_url: str,
+        file: SectorFile,
+        member: str | None,
+        outline: Outline,
+        blocks: range,
+    ) -> bytes:
+        """The leaf hashes of some blocks in a row, each proved by its block's hash."""
+        spans = [leaves_at(outline.size, block) for block in (blocks[0], blocks[-1])]
+        span = spans[0][0], sum(spans[1])
+        data = await self.manifest(base_url, file, member, span)
+        at = 0
+        for block in blocks:
+            length = leaves_at(outline.size, block)[1]
+            if not outline.check_leaves(block, data[at : at + length]):
+                url = _manifest_url(base_url, file, member)
+                raise WrongBytes(f"has leaf hashes that do not make block {block}", url)
+            at += length
+        return data
+
+    async def roll(self, base_url: str, file: SectorFile, *, digest: bytes) -> Roll:
+        """Sizes and digests of the files of a directory, proved by its digest."""
+        url = _manifest_url(base_url, file, None)
+        async with self._ask("GET", url) as response:
+            await _expect(response, 200)
+            data = await response.read(ROLL_LIMIT)
+        with _proving(url):
+            return decode_roll(data, digest)
 
     @asynccontextmanager
     async def archive(
@@ -407,6 +508,20 @@ def _file_url(base_url: str, file: SectorFile, member: str | None = None) -> str
     return _join(base_url, *names, "files", member)
 
 
+def _manifest_url(base_url: str, file: SectorFile, member: str | None) -> str:
+    names = (file.file_type.dir_name, file.sector.name, "manifest")
+    return _join(base_url, *names, *(() if member is None else (member,)))
+
+
+@contextmanager
+def _proving(url: str) -> Iterator[None]:
+    """What a peer sent to prove its bytes by, and proves nothing, is that peer's failure."""
+    try:
+        yield
+    except BadInput as exc:
+        raise WrongBytes(f"{exc.thing}: {exc.what}", url) from exc
+
+
 def _minimal(url: str) -> str:
     return "&mincache=true" if urlsplit(url).query else "?mincache=true"
 
@@ -500,7 +615,7 @@ def _deliver_parts(
     body: bytes,
     spans: Sequence[tuple[int, int]],
     expect: Version | None,
-    deliver: Callable[[int, bytes], object],
+    deliver: Callable[[int, bytes, bytes], object],
 ) -> Version:
     """Take an answer of several ranges, which must be those asked for, apart."""
     boundary = boundary_of(response.headers.get("content-type", ""))
@@ -515,8 +630,16 @@ def _deliver_parts(
     totals = {part.total for part in found}
     version = _version(response, totals.pop() if len(totals) == 1 else None, expect)
     for part in found:
-        deliver(part.start, bytes(part.data))
+        deliver(part.start, bytes(part.data), _told(part.headers))
     return version
+
+
+def _told(headers: Mapping[str, str]) -> bytes:
+    """The leaf hashes in a header; none when there is none that can be read."""
+    try:
+        return base64.b64decode(headers.get(LEAVES_HEADER, ""), validate=True)
+    except ValueError:
+        return b""
 
 
 def _mtime_ns(response: Response) -> int:

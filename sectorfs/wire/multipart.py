@@ -7,7 +7,7 @@ where its own Content-Range says and nowhere else.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import msgspec
 
@@ -29,6 +29,8 @@ class Part(msgspec.Struct, frozen=True):
     """One past the last byte."""
     total: int | None
     data: memoryview
+    headers: Mapping[str, str] = {}
+    """By lower-case name."""
 
 
 def boundary_of(content_type: str) -> str | None:
@@ -75,4 +77,5 @@ def _part(body: bytes, view: memoryview, at: int) -> tuple[Part, int]:
     data = view[begin : begin + length]
     if len(data) != length:
         raise ValueError(f"ends within bytes {first}-{last}")
-    return Part(first, last + 1, total, data), begin + length
+    headers = {name.lower(): value.strip() for name, _, value in fields}
+    return Part(first, last + 1, total, data, headers), begin + length
