@@ -120,7 +120,8 @@ def _owner(repo: Repo) -> str:
 
 def peer_client(repo: Repo, config: Config, token: str) -> Client:
     """The way to other nodes."""
-    return Client(config.timeouts, token=connect.read_token(config.peers.token_file, repo) or token)
+    theirs = connect.token_file(repo, config)
+    return Client(config.timeouts, token=connect.credentials(token, theirs))
 
 
 async def _load(feed: Feed) -> None:

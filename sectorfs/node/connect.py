@@ -13,8 +13,10 @@ from sectorfs.index.protocol import SectorIndex
 from sectorfs.index.rpc import RpcIndex
 from sectorfs.index.sqlite import SqliteIndex
 from sectorfs.node.repo import Repo
+from sectorfs.node.token_file import TokenFile
 from sectorfs.wire import tokens
 from sectorfs.wire.client import Client
+from sectorfs.wire.credentials import SECRET_HINT, Credentials
 from sectorfs.wire.jsonrpc import NotJsonRpc
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,20 @@ def read_token(path: str, repo: Repo) -> str | None:
         return Path(file).read_text().strip()
     except OSError as exc:
         raise BadConfig(f"token cannot be read: {exc.strerror}", file) from exc
+
+
+def credentials(own: str, theirs: TokenFile | None) -> Credentials:
+    """The tokens that peers are asked with: `own`, and that of the file in the configuration."""
+    if theirs is None:
+        return Credentials(own, hint=f"{SECRET_HINT}, or name a token of theirs: peers.token_file")
+    hint = f"neither the token in {theirs.path} nor one of this cluster's secret is of theirs"
+    return Credentials(own, theirs.token, hint=hint)
+
+
+def token_file(repo: Repo, config: Config) -> TokenFile | None:
+    """The file with a token for nodes of another cluster, if the configuration names one."""
+    name = config.peers.token_file
+    return TokenFile(repo.root / name) if name else None
 
 
 @asynccontextmanager

@@ -81,13 +81,14 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
         stack.push_async_callback(addresses.close, listeners)
         secret = connect.keys(repo, config)
         token = repo.admin_token(secret)
+        theirs = connect.token_file(repo, config)
         own_url = f"{advertise}/remote"
         index = await stack.enter_async_context(connect.open_index(repo, config, token))
         present = await connect.greet(index, repo, config)
         client = await stack.enter_async_context(
             Client(
                 config.timeouts,
-                token=connect.read_token(config.peers.token_file, repo) or token,
+                token=connect.credentials(token, theirs),
                 per_peer=most_requests(config.peers.parallel) + OTHER_REQUESTS,
                 rates=Rates(
                     peer=rate_of(config.peers.max_rate), node=rate_of(config.fetch.max_rate)
@@ -208,6 +209,8 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
         await nursery.start(copies.clear_leftovers)
         await nursery.start(partial(serve, handler, listeners, limits=limits))
         nursery.start_soon(client.keep_tidy)
+        if theirs is not None:
+            nursery.start_soon(partial(theirs.watch, deadline=config.timeouts.disk))
         if present:
             await nursery.start(feed.run)
         else:

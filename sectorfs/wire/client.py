@@ -12,6 +12,7 @@ import select
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from types import TracebackType
 from urllib.parse import urlsplit
 
@@ -22,6 +23,7 @@ import trio
 from sectorfs.config import TimeoutsConfig
 from sectorfs.errors import BadInput, Refused, TimedOut, Unreachable
 from sectorfs.wire import heads
+from sectorfs.wire.credentials import SECRET_HINT, Credentials
 from sectorfs.wire.rates import Rates
 from sectorfs.wire.response import HEADER_LIMIT, Response, receive
 
@@ -124,7 +126,7 @@ class Client:
         self,
         timeouts: TimeoutsConfig,
         *,
-        token: str | Callable[[], str] | None = None,
+        token: str | Callable[[], str] | Credentials | None = None,
         per_peer: int = 16,
         rates: Rates | None = None,
     ) -> None:
@@ -182,7 +184,14 @@ class Client:
         """
         target = parse_target_url(url)
         async with self._slot(target) as peer:
-            link, response = await self._ask(peer, target, method, headers, body, patience)
+            token = self._token_for(target, headers)
+            question = partial(self._ask, peer, target, method, headers, body, patience)
+            link, response = await question(token)
+            other = self._another_token(target, token) if response.status == 401 else None
+            if other is not None:
+                link.close()
+                link, response = await question(other)
+            response.token_hint = self.token_hint
             reusable = False
             try:
                 yield response
@@ -194,6 +203,11 @@ class Client:
                     peer.idle.append(link)
                 else:
                     link.close()
+
+    @property
+    def token_hint(self) -> str:
+        """What helps when a peer refuses the token."""
+        return self._token.hint if isinstance(self._token, Credentials) else SECRET_HINT
 
     async def post(
         self, url: str, body: bytes, *, patience: float = 0.0, limit: int
@@ -232,8 +246,9 @@ class Client:
         headers: Headers,
         body: bytes,
         patience: float,
+        token: str | None,
     ) -> tuple[_Link, Response]:
-        request = self._encode(target, method, headers, body)
+        request = self._encode(target, method, headers, body, token)
         link = peer.take(trio.current_time())
         if link is not None:
             try:
@@ -247,10 +262,23 @@ class Client:
         except _StaleConnection as exc:
             raise Unreachable("closed the connection without an answer", target.name) from exc
 
-    def _encode(self, target: Target, method: str, headers: Headers, body: bytes) -> bytes:
-        token = self._token() if callable(self._token) else self._token
+    def _token_for(self, target: Target, headers: Headers) -> str | None:
+        if any(name.lower() == "authorization" for name, _ in headers):
+            return None
+        if isinstance(self._token, Credentials):
+            return self._token.token(target.authority)
+        return self._token() if callable(self._token) else self._token
+
+    def _another_token(self, target: Target, refused: str | None) -> str | None:
+        if refused is None or not isinstance(self._token, Credentials):
+            return None
+        return self._token.refused(target.authority, refused)
+
+    def _encode(
+        self, target: Target, method: str, headers: Headers, body: bytes, token: str | None
+    ) -> bytes:
         fields = [("host", target.authority), ("user-agent", "sectorfs"), *headers]
-        if token and all(name.lower() != "authorization" for name, _ in headers):
+        if token:
             fields.append(("authorization", f"Bearer {token.strip()}"))  # files end in a newline
         if body or method in ("POST", "PUT", "PATCH"):
             fields.append(("content-length", str(len(body))))

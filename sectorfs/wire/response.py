@@ -91,6 +91,8 @@ class Response:
         """By lower-case name; a repeated header's values are joined with commas."""
         self.first_byte = first_byte
         """Seconds from the start of the request to the first byte of the answer."""
+        self.token_hint = ""
+        """What helps when the token was refused."""
         self.throttle: Throttle | None = None
         """What bounds the speed of `save` and `piece`; `read` is for readers, who never wait."""
         self._stream = stream
@@ -154,8 +156,27 @@ class Response:
         sink = _Sink(descriptor, offset, length, run, progress, sieve)
         if self._empty or self.length is None:
             await self._save_pieces(sink)
+            if sink.came != length:
+                raise SourceFailed(f"sent {sink.came} bytes instead of {length}", self.url)
         else:
             await self._save_raw(sink)
+        return sink.done
+
+    async def save_all(
+        self,
+        descriptor: AbstractContextManager[int],
+        *,
+        limit: int,
+        run: Runner,
+        progress: Progress | None = None,
+    ) -> int:
+        """Write a body to the start of a file that only its own end tells the length of.
+
+        Returns the length; `SourceFailed` beyond `limit` bytes. The rest is as of `save`.
+        """
+        self._begin()
+        sink = _Sink(descriptor, 0, limit, run, progress, None)
+        await self._save_pieces(sink)
         return sink.done
 
     def finish(self) -> bool:
@@ -253,8 +274,6 @@ class Response:
                 await sink.write(held)
                 held = bytearray()
         await sink.write(held)
-        if sink.came != sink.length:
-            raise SourceFailed(f"sent {sink.came} bytes instead of {sink.length}", self.url)
 
     async def _save_raw(self, sink: _Sink) -> None:
         self._state = "raw"
