@@ -83,7 +83,6 @@ _ERROR_LIMIT = 4 * 1024
 _MAX_PEERS = 4096
 _SETTLE_SECONDS = 60.0
 _PART_OVERHEAD = 4096
-_HINT = "copy the secret file from the index node"
 
 _Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_NUMBER)]
 _Time = Annotated[int, msgspec.Meta(ge=-MAX_NUMBER, le=MAX_NUMBER)]
@@ -534,9 +533,11 @@ async def _expect(response: Response, status: int) -> None:
     if response.status == 404:
         raise NotFound(f"the peer does not have it{detail}", response.url)
     if response.status == 401:
-        raise Unauthorized(f"the peer refuses the token{detail}", response.url, _HINT)
+        hint = response.token_hint
+        raise Unauthorized(f"the peer refuses the token{detail}", response.url, hint)
     if response.status == 403:
-        raise Forbidden(f"the token lacks a permission{detail}", response.url, _HINT)
+        hint = response.token_hint
+        raise Forbidden(f"the token lacks a permission{detail}", response.url, hint)
     raise SourceFailed(f"status {response.status} instead of {status}{detail}", response.url)
 
 
