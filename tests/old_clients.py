@@ -410,10 +410,17 @@ class Mover:
 
     def acquire(self, name: str, *, move: bool) -> None:
         """Fetch a file to its path, declare it there and, to move it, delete it at the source."""
+        self._acquire(self.peer.root, self.peer.storage, name, move=move)
+
+    def acquire_into(self, path: Path, storage: str, name: str) -> None:
+        """Move a file to a path that it shares with others."""
+        self._acquire(path, storage, name, move=True)
+
+    def _acquire(self, path: Path, storage: str, name: str, *, move: bool) -> None:
         kind, _, sector = name.partition("/")
-        dest = self.peer.root / name
-        temporary = self.peer.root / kind / "fetching" / sector
-        temporary.parent.mkdir(exist_ok=True)
+        dest = path / name
+        temporary = path / kind / "fetching" / sector
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         tried = []
         for row in self.find(name):
             for url in row["URLs"]:
@@ -425,18 +432,15 @@ class Mover:
                     continue
                 os.rename(temporary, dest)
                 self.peer.redeclare()
-                self._declare(kind, sector, primary=move)
+                params = (storage, sector_id(sector), FILE_TYPES[kind], move)
+                self.index.call("StorageDeclareSector", *params)
                 if move:
-                    self._delete(url)
+                    self._delete(url, storage)
                 return
         raise Refused(f"failed to acquire {name} from remote: {tried}")
 
-    def _declare(self, kind: str, sector: str, *, primary: bool) -> None:
-        params = (self.peer.storage, sector_id(sector), FILE_TYPES[kind], primary)
-        self.index.call("StorageDeclareSector", *params)
-
-    def _delete(self, url: str) -> None:
+    def _delete(self, url: str, storage: str) -> None:
         try:
-            self.client.delete(url, [self.peer.storage])
+            self.client.delete(url, [storage])
         except Refused as exc:
             self.refused.append(str(exc))

@@ -33,7 +33,7 @@ KNOWN: Mapping[str, int] = {
 """What Curio takes of any cache directory."""
 
 Read = Callable[[int], bytes]
-"""As `read` of a stream: fewer bytes than asked for only at its end."""
+"""Up to so many bytes of a stream; none only at its end."""
 
 
 class TarRefused(Exception):
@@ -66,7 +66,8 @@ def extract(read: Read, directory: Path, allow: Mapping[str, int] | None) -> int
         if not str(out).startswith(str(directory)) or ".." in out.parts:
             raise TarRefused(f"unsafe tar path {header.name!r}")
         total += _copy(read, header.size, out)
-        _exactly(read, -header.size % BLOCK)
+        # The first writers end with the last byte of the last file.
+        _up_to(read, -header.size % BLOCK)
     return total
 
 
@@ -95,24 +96,29 @@ def _copy(read: Read, size: int, out: Path) -> int:
 
 
 def _exactly(read: Read, size: int) -> bytes:
+    data = _up_to(read, size)
+    if len(data) < size:
+        raise TarRefused("unexpected EOF")
+    return data
+
+
+def _up_to(read: Read, size: int) -> bytes:
     data = b""
-    while len(data) < size:
-        piece = read(size - len(data))
-        if not piece:
-            raise TarRefused("unexpected EOF")
+    while len(data) < size and (piece := read(size - len(data))):
         data += piece
     return data
 
 
 def _block(read: Read) -> bytes | None:
     """The next block with something in it; None at the end, be it marked by zeros or not."""
-    block = read(BLOCK)
+    block = _up_to(read, BLOCK)
     if not block:
         return None
-    block += _exactly(read, BLOCK - len(block))
+    if len(block) < BLOCK:
+        raise TarRefused("unexpected EOF")
     if any(block):
         return block
-    if any(read(BLOCK)):
+    if any(_up_to(read, BLOCK)):
         raise TarRefused("invalid tar header: data after a block of zeros")
     return None
 

@@ -1,7 +1,7 @@
 """``DELETE /remote/{type}/{sector}?keep=ID.ID``: take a sector file off this node's storage paths.
 
-``keep`` names storages that stay untouched, as lotus and Curio send it: ids joined by dots, or
-nothing. The last healthy primary copy of the cluster stays as well (409), unless ``force=true``,
+``keep`` names storages that stay untouched, as lotus and Curio send it: ids joined by dots, some of
+which may be empty. The last healthy primary copy of the cluster stays as well (409), unless ``force=true``,
 and so does one that is being moved to this node.
 """
 
@@ -71,7 +71,7 @@ def _file(request: Request) -> SectorFile:
 def _keep(request: Request) -> frozenset[StorageID]:
     kept = set()
     for text in request.query.get("keep", ()):
-        for name in text.split(".") if text else ():
+        for name in filter(None, text.split(".")):
             try:
                 kept.add(parse_storage_id(name))
             except ValueError as exc:

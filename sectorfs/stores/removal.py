@@ -125,7 +125,7 @@ class Remover:
             raise NotFound("not on this node", file)
         victims = [path for path in here if path.storage not in keep]
         if victims and not force:
-            await self._witnesses.require(file, without=[path.storage for path in victims])
+            await self._require_others(file, victims)
         for path in victims:
             await self._remove_at(path, file, force=force, expected=expected)
         return [path.storage for path in victims]
@@ -142,7 +142,7 @@ class Remover:
             if not copies:
                 return []
             try:
-                await self._witnesses.require(file, without=[path.storage for path in copies])
+                await self._require_others(file, copies)
             except Refused as exc:
                 log.warning("no primary copy anywhere, no copy was removed: %s", exc)
                 return []
@@ -206,6 +206,13 @@ class Remover:
         finally:
             path.note(file)
 
+    async def _require_others(self, file: SectorFile, going: Collection[LocalPath]) -> None:
+        """`Refused` unless a healthy primary copy remains without those of some paths."""
+        storages = [path.storage for path in going]
+        held = await self._held(file)
+        lost = [held[storage] for storage in storages if storage in held]
+        await self._witnesses.require(file, without=storages, lost=lost)
+
     # What is where
 
     async def _held(self, file: SectorFile) -> dict[StorageID, Declaration]:
@@ -255,19 +262,21 @@ class Remover:
     ) -> Aside | None:
         declaration = (await self._held(file)).get(path.storage)
         place = Place(path.path, path.storage, file, self._owner)
+        lost = [declaration] if declaration is not None else []
+        require = partial(self._witnesses.require, file, without=[path.storage], lost=lost)
         aside: Aside | None = None
         try:
             if declaration is not None:
                 await self._index.drop([declaration.key])
             if not force:
-                await self._witnesses.require(file, without=[path.storage])
+                await require()
             # A disk that hung may do it at any later time, when the file is declared again.
             aside = await lane.run(
                 partial(set_aside, place, expected), what=f"remove {file}", discard=put_back_late
             )
             if aside is not None:
                 if not force:
-                    await self._witnesses.require(file, without=[path.storage])
+                    await require()
                 await lane.run(partial(give_up, aside), what=f"remove {file}")
         except BaseException:
             if aside is not None:

@@ -4,6 +4,10 @@ A declaration alone is none: an Index restored from a backup names copies that w
 clock set back shows dead storages as healthy, a file deleted by hand is declared until a scan. So
 the file is looked at where it is declared: on the disk, or by asking a node that serves its
 storage. A copy that cannot be seen, or has another length than was declared, does not count.
+
+Nodes of other programs declare no lengths: theirs must have that of the copy which goes, as a fetch
+of theirs that was cut short looks well to them. Of a directory they keep only files that they know,
+and do not list them: one with others in it stays.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from functools import partial
 
 from sectorfs.errors import NotFound, Refused, SectorFSError, SourceFailed
 from sectorfs.index.protocol import Declaration, SectorIndex, StorageInfo
+from sectorfs.stores import layout
 from sectorfs.stores.local import LocalStore
 from sectorfs.stores.local_path import LocalPath
 from sectorfs.stores.scan import file_facts
@@ -40,15 +45,20 @@ class Witnesses:
         self._own_urls = own_urls
         self._cutoff = cutoff
 
-    async def require(self, file: SectorFile, *, without: Collection[StorageID]) -> None:
-        """`Refused` unless a healthy primary copy is seen on a storage that is not in `without`."""
+    async def require(
+        self, file: SectorFile, *, without: Collection[StorageID], lost: Collection[Declaration]
+    ) -> None:
+        """`Refused` unless a healthy primary copy is seen on a storage that is not in `without`.
+
+        `lost` are the declarations of those storages.
+        """
         doubts: list[str] = []
         for item, info, path in await self._candidates(file, without):
             try:
                 if path is not None:
                     await self._look(item, path)
                 else:
-                    await self._ask(item, info)
+                    await self._ask(item, info, lost)
             except SectorFSError as exc:
                 doubts.append(str(exc))
             else:
@@ -82,14 +92,20 @@ class Witnesses:
         facts = await path.lane.run(call, what=f"look at {item.file}")
         _require_same(item, facts, path.name_of(item.file))
 
-    async def _ask(self, item: Declaration, info: StorageInfo) -> None:
+    async def _ask(
+        self, item: Declaration, info: StorageInfo, lost: Collection[Declaration]
+    ) -> None:
         """Ask the nodes that serve a storage, until one has the file."""
         failure: SectorFSError = NotFound("is served by no other node", item.storage)
         for url in info.urls:
             if url in self._own_urls:
                 continue
             try:
-                _require_same(item, await self._facts(url, item.file), f"{url} {item.file}")
+                found = await self._facts(url, item.file)
+                for expected in [item] if item.facts else lost:
+                    _require_same(expected, found, f"{url} {item.file}")
+                if found is None:
+                    _require_known(lost, f"{url} {item.file}")
             except SectorFSError as exc:
                 failure = exc
             else:
@@ -113,6 +129,16 @@ def _require_same(item: Declaration, found: Facts | None, where: str) -> None:
         return
     if _lengths(item.facts) != _lengths(found):
         raise SourceFailed(f"has {found.size} bytes and {item.facts.size} are declared", where)
+
+
+def _require_known(lost: Collection[Declaration], where: str) -> None:
+    """`SourceFailed` when a directory has files that programs without listings leave out."""
+    members = [one for item in lost if item.facts for one in item.facts.members or ()]
+    unknown = sorted({member.name for member in members} - layout.FULL.keys())
+    if unknown:
+        raise SourceFailed(
+            f"does not take {unknown[0]} along", where, "copy what it leaves out by hand"
+        )
 
 
 def _lengths(facts: Facts) -> list[tuple[str, int]]:
