@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -197,24 +197,24 @@ async def test_an_interrupted_call_says_so(world: World, operation: str) -> None
 
 
 async def test_a_mapping_survives_signals_that_do_not_kill(world: World) -> None:
-    undecided = world.operations.interrupts.undecided
+    interrupts = world.operations.interrupts
     async with world.mounted():
         async with Blocked(world, "map").client() as client:
             client.process.send_signal(signal.SIGUSR1)
-            await eventually(lambda: len(undecided) == 1, PATIENCE)
+            await eventually(lambda: interrupts.spared == 1, PATIENCE)
             world.store.lanes[HERE].gate.set()
             assert await client.said() == str(DATA[1])
-        assert not undecided
+        assert not interrupts.waiting
 
 
 async def test_a_mapping_that_survived_a_signal_can_be_killed_later(world: World) -> None:
-    undecided = world.operations.interrupts.undecided
+    interrupts = world.operations.interrupts
     async with world.mounted():
         async with Blocked(world, "map").client() as client:
             client.process.send_signal(signal.SIGUSR1)
-            await eventually(lambda: len(undecided) == 1, PATIENCE)
+            await eventually(lambda: interrupts.spared == 1, PATIENCE)
             await client.end(signal.SIGKILL)
-        assert not undecided
+        assert not interrupts.waiting
 
 
 async def test_other_readers_are_not_confused_with_the_killed_one(world: World) -> None:
@@ -271,7 +271,7 @@ async def test_many_killed_processes_do_no_harm(world: World) -> None:
             D=world.mountpoint,
         )
         assert await call(world.seen("sealed/7").read_bytes) == DATA
-        assert not world.operations.interrupts.undecided
+        assert not world.operations.interrupts.waiting
 
 
 # Without a mount
@@ -317,7 +317,7 @@ async def test_only_the_interrupted_request_is_given_up(
         interrupts.interrupt(3, os.getpid(), buffered=True)
         await trio.testing.wait_all_tasks_blocked()
         assert ended == [-1]
-        assert interrupts.undecided == {3: os.getpid()}
+        assert interrupts.spared == 1
         interrupts.interrupt(3, os.getpid(), buffered=False)
         await trio.testing.wait_all_tasks_blocked()
         assert ended == [-1, -3]
@@ -410,3 +410,34 @@ def test_a_killed_reader_ends_its_fetch_and_no_others(tmp_path: Path) -> None:
 
 def _has_fetches(node: Node, count: int) -> bool:
     return len(status(node).fetches) == count
+
+
+async def test_long_reads_of_processes_that_are_gone_are_given_up() -> None:
+    interrupts = Interrupts()
+    gone = _no_process()
+    ended: list[int] = []
+
+    async def reader(number: int, pid: int) -> None:
+        with suppress(Interrupted):
+            await interrupts.answer(number, _wait(1000), pid)
+        ended.append(number)
+
+    async with trio.open_nursery() as nursery:
+        for number, pid in enumerate((gone, os.getpid(), 0), start=1):
+            nursery.start_soon(reader, number, pid)
+        await trio.testing.wait_all_tasks_blocked()
+        interrupts.look()
+        await trio.testing.wait_all_tasks_blocked()
+        assert not ended, "one that only just came may have a reader that is about to wait"
+        interrupts.look()
+        await trio.testing.wait_all_tasks_blocked()
+        assert ended == [1]
+        nursery.cancel_scope.cancel()
+    assert not interrupts.waiting
+
+
+def _no_process() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid

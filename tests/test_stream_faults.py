@@ -372,10 +372,8 @@ def test_a_reader_that_is_killed_is_gone_with_its_request(scene: Scene, how: str
         reader.kill()
         _, took = timed(lambda: reader.wait(LIMIT))
         assert took < LIMIT < SLOW
-    # The kernel does not tell of the ends of those whose pages it was reading.
-    if how != "buffered":
-        seen("the end of its request", lambda: peer.waiting == 0)
-        assert peer.abandoned
+    seen("the end of its request", lambda: peer.waiting == 0)
+    assert peer.abandoned
     peer.fault = None
     peer.die()  # which ends what still waits
     peer.revive()

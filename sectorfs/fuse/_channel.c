@@ -67,7 +67,7 @@ static unsigned long sessions;
 static int ended; /* errno with which reading ended */
 static struct request *first, *last;
 static size_t queued;
-static uint64_t current;
+static struct interruption current;
 static struct table pending; /* requests that Python has to answer */
 static struct table marks;
 static struct facts facts;
@@ -268,7 +268,7 @@ static ssize_t hand_over(int unused_fd, void *to, size_t size, void *unused)
         first = request->after;
         queued--;
         pthread_cond_signal(&room);
-        current = waits ? request->header.unique : 0;
+        current = waits ? describe(&request->header) : (struct interruption){0};
         request->handed_over = true;
         if (request->interrupted)
             tell_interrupt(&request->header);
@@ -394,7 +394,7 @@ static void clean_up(void)
     first = NULL;
     queued = 0;
     ended = 0;
-    current = 0;
+    current = (struct interruption){0};
     attached = stopping = false;
     facts = (struct facts){0};
     clear(&pending);
@@ -577,7 +577,7 @@ bool channel_mark(uint64_t handle, int32_t backing, bool cache_directory)
     return done;
 }
 
-uint64_t channel_current(void)
+struct interruption channel_current(void)
 {
     return current; /* written on this thread */
 }

@@ -42,17 +42,22 @@ static bool has_room(void)
     return true;
 }
 
-void tell_interrupt(const struct request_header *request)
+struct interruption describe(const struct request_header *request)
 {
     const struct read_request *read = (const void *)(request + 1);
 
+    return (struct interruption){
+        .unique = request->unique,
+        .pid = request->pid,
+        .buffered = request->opcode == READ && !(read->flags & O_DIRECT),
+    };
+}
+
+void tell_interrupt(const struct request_header *request)
+{
     pthread_mutex_lock(&mutex);
     if (has_room()) { /* else the reader waits for the answer, as without interrupts */
-        interruptions[count++] = (struct interruption){
-            .unique = request->unique,
-            .pid = request->pid,
-            .buffered = request->opcode == READ && !(read->flags & O_DIRECT),
-        };
+        interruptions[count++] = describe(request);
         if (count == 1)
             eventfd_write(told, 1);
     }

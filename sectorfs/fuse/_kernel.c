@@ -99,9 +99,15 @@ static PyObject *py_reads(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none)
     return PyLong_FromUnsignedLongLong(kept_reads());
 }
 
+static PyObject *describe_to_python(struct interruption one)
+{
+    return Py_BuildValue("KIO", (unsigned long long)one.unique, one.pid,
+                         one.buffered ? Py_True : Py_False);
+}
+
 static PyObject *py_current(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
 {
-    return PyLong_FromUnsignedLongLong(channel_current());
+    return describe_to_python(channel_current());
 }
 
 static PyObject *py_interrupts_fd(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
@@ -116,8 +122,7 @@ static PyObject *py_interrupted(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED
     PyObject *list = PyList_New(0);
 
     for (size_t i = 0; i < count && list != NULL; i++) {
-        PyObject *one = Py_BuildValue("KIO", (unsigned long long)taken[i].unique, taken[i].pid,
-                                      taken[i].buffered ? Py_True : Py_False);
+        PyObject *one = describe_to_python(taken[i]);
 
         if (one == NULL || PyList_Append(list, one) != 0)
             Py_CLEAR(list);
@@ -138,7 +143,7 @@ static PyMethodDef functions[] = {
     {"use", py_use, METH_O, "Open now, opened ever, and seconds since the last open."},
     {"opens", py_opens, METH_NOARGS, "Opens answered without Python."},
     {"reads", py_reads, METH_NOARGS, "Reads answered without Python."},
-    {"current", py_current, METH_NOARGS, "The request whose handler begins now, or 0."},
+    {"current", py_current, METH_NOARGS, "The request whose handler begins now: number, pid, buffered read."},
     {"interrupts_fd", py_interrupts_fd, METH_NOARGS, "Readable while requests are interrupted."},
     {"interrupted", py_interrupted, METH_NOARGS, "(Number, pid, buffered read) of each since."},
     {NULL, NULL, 0, NULL},

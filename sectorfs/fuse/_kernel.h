@@ -34,11 +34,14 @@ void kept_forget_all(void);
 
 /* ---- _interrupts.c: requests that nobody waits for any more ---- */
 
+/* What tells whether somebody still waits for a request. */
 struct interruption {
     uint64_t unique;
     uint32_t pid;
     bool buffered; /* a read for the page cache */
 };
+
+struct interruption describe(const struct request_header *request);
 
 bool open_interrupts(void);
 void close_interrupts(void);
@@ -60,7 +63,7 @@ void channel_limit(uint16_t max_background);
 struct facts channel_facts(void);
 int channel_ioctl(unsigned long request, void *argument);
 bool channel_mark(uint64_t handle, int32_t backing, bool cache_directory);
-/* The request that libfuse got last, if it waits for an answer; else 0. */
-uint64_t channel_current(void);
+/* The request that libfuse got last; its number is 0 unless it waits for an answer. */
+struct interruption channel_current(void);
 
 #endif

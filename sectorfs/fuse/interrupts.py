@@ -6,6 +6,10 @@ SIGKILL. The kernel says so by an INTERRUPT, once per request, whatever the sign
 A buffered read (of the page cache, also on behalf of a mapping) is given up for a dying process
 only: for any other the page would stay without its bytes, which is an error to all who read it, and
 SIGBUS to a mapping. A disk makes signals wait in the same place.
+
+Of a process that only waits for a page that is being read the kernel says nothing when it is
+killed: it lets it go, and the request stays. So the readers of those that wait for long are looked
+at, and who is gone, or dying, is taken for interrupted.
 """
 
 from __future__ import annotations
@@ -23,8 +27,8 @@ from sectorfs.fuse import kernel
 
 R = TypeVar("R")
 
-LOOK_AGAIN = 0.2
-"""Seconds after which the living readers of interrupted buffered reads are looked at again."""
+LOOK_AGAIN = 0.4
+"""Seconds after which it is looked whether the readers of pages that are waited for still live."""
 
 _PROC = Path("/proc")
 _KILLED = 1 << (signal.SIGKILL - 1)
@@ -35,39 +39,65 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._scopes: dict[int, trio.CancelScope] = {}
-        self.undecided: dict[int, int] = {}
-        """Buffered reads whose readers were interrupted and live, with their process numbers."""
-        # Invariant: all of them are in `_scopes`. The kernel will not tell of them again.
+        self._readers: dict[int, int] = {}
+        """The processes that wait for buffered reads."""
+        # Invariant: all of their requests are in `_scopes`.
+        self._seen: frozenset[int] = frozenset()
+        """Those that waited at the last look already."""
+        self._look_at = math.inf
+        self._nap = trio.CancelScope()
+        self.spared = 0
+        """Interrupts of buffered reads whose readers lived on."""
+
+    @property
+    def waiting(self) -> int:
+        """Buffered reads that are waited for."""
+        return len(self._readers)
 
     async def watch(self, work: Awaitable[R]) -> R:
         """The result of `work` for the request whose handler has just begun: before its first wait.
 
         Only for what waits: it costs a third of a small read that does not.
         """
-        number = kernel.current()
-        return await (self.answer(number, work) if number else work)
+        number, pid, buffered = kernel.current()
+        return await (self.answer(number, work, pid if buffered else 0) if number else work)
 
-    async def answer(self, number: int, work: Awaitable[R]) -> R:
-        """The result of `work`; `Interrupted` when the reader of the request was."""
+    async def answer(self, number: int, work: Awaitable[R], reader: int = 0) -> R:
+        """The result of `work`; `Interrupted` when the reader of the request was.
+
+        `reader` is the process that waits for a buffered read; 0 of every other request.
+        """
         scope = self._scopes[number] = trio.CancelScope()
+        if reader:
+            self._readers[number] = reader
+            self._look_at = min(self._look_at, trio.current_time() + LOOK_AGAIN)
+            self._nap.deadline = self._look_at
         try:
             with scope:
                 return await work
         finally:
             del self._scopes[number]
-            self.undecided.pop(number, None)
+            self._readers.pop(number, None)
         raise Interrupted("the reader was interrupted")
 
     async def run(self) -> None:
         """Cancel what is interrupted, until cancelled."""
         readable = kernel.interrupts_fd()
         while readable >= 0:
-            with trio.move_on_after(LOOK_AGAIN if self.undecided else math.inf):
+            with trio.CancelScope(deadline=self._look_at) as self._nap:
                 await trio.lowlevel.wait_readable(readable)
             for number, pid, buffered in kernel.interrupted():
                 self.interrupt(number, pid, buffered=buffered)
-            for number, pid in list(self.undecided.items()):
-                self.interrupt(number, pid, buffered=True)
+            if trio.current_time() >= self._look_at:
+                self.look()
+                self._look_at = trio.current_time() + LOOK_AGAIN if self._readers else math.inf
+
+    def look(self) -> None:
+        """Give up what only processes wait for that are gone, if it did so at the last look too."""
+        for number, pid in self._readers.items():
+            if number in self._seen and is_dying(pid):
+                self._scopes[number].cancel()
+        self._seen = frozenset(self._readers)
 
     def interrupt(self, number: int, pid: int, *, buffered: bool) -> None:
         """Give a request up, unless it was answered meanwhile."""
@@ -75,7 +105,7 @@ class Interrupts:
         if scope is None:
             return
         if buffered and not is_dying(pid):
-            self.undecided[number] = pid
+            self.spared += 1
         else:
             scope.cancel()
 

@@ -147,9 +147,12 @@ def reads() -> int:
     return 0 if _kernel is None else _kernel.reads()
 
 
-def current() -> int:
-    """The number of the request whose handler begins now; 0 when it is not known."""
-    return _kernel.current() if _LOADED else 0
+def current() -> tuple[int, int, bool]:
+    """Number, process and "a buffered read" of the request whose handler begins now.
+
+    The number is 0 when it is not known.
+    """
+    return _kernel.current() if _LOADED else (0, 0, False)
 
 
 def interrupts_fd() -> int:
