@@ -18,6 +18,7 @@ from sectorfs.stores.transfer import PeerClient
 from sectorfs.wire.client import Client
 from sectorfs.wire.rates import Bucket, Rates, Throttle
 from tests.test_transfer import CACHE, SEALED, our_node, target
+from tests.test_transfer_ranges import into
 from tests.wire_fixtures import PATIENT
 
 MIB = 1 << 20
@@ -187,7 +188,7 @@ async def test_reads_wait_for_no_turn_and_are_charged(
             for spans in ([(3, 5)], [(0, 5), (9, 12)]):
                 found: dict[int, bytes] = {}
                 await peers.ranges(
-                    base, CACHE, "p_aux", spans, expect=None, deliver=found.__setitem__
+                    base, CACHE, "p_aux", spans, expect=None, leaves=False, deliver=into(found)
                 )
                 assert found == {start: b"p" * (end - start) for start, end in spans}
     assert charged == [64, 2, 8]

@@ -29,6 +29,7 @@ from sectorfs.stores.arrivals import Arrivals, Memory
 from sectorfs.stores.blocks import PIECE, Identity, PartialFile
 from sectorfs.stores.gates import Gate, Priority
 from sectorfs.stores.lanes import Descriptor, Lane
+from sectorfs.stores.prover import Prover
 from sectorfs.stores.sources import PeerSource
 from sectorfs.stores.stream import BULK, Stream
 from sectorfs.stores.transfer import Version
@@ -95,6 +96,7 @@ class Sources:
         spans: Spans,
         *,
         expect: Version | None,
+        prover: Prover | None,
         deliver: Callable[[int, bytes], object],
     ) -> Version:
         version = await self._answer(source, spans, expect)
@@ -111,6 +113,7 @@ class Sources:
         descriptor: Descriptor,
         *,
         expect: Version | None,
+        prover: Prover | None,
         progress: Callable[[int], object],
     ) -> Version:
         version = await self._answer(source, [span], expect)

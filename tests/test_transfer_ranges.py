@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,17 @@ Spans = list[tuple[int, int]]
 SPREAD: Spans = [(0, 10), (65_536, 131_072), (1_999_999, 2_000_000)]
 
 
+def into(found: dict[int, bytes]) -> Callable[[int, bytes, bytes], object]:
+    """Puts what is delivered into a dict."""
+    return lambda start, data, told: found.__setitem__(start, data)
+
+
 async def ranges(
     client: PeerClient, base: str, spans: Spans, *, expect: Version | None = None
 ) -> tuple[dict[int, bytes], Version]:
     found: dict[int, bytes] = {}
     version = await client.ranges(
-        base, SEALED, None, spans, expect=expect, deliver=found.__setitem__
+        base, SEALED, None, spans, expect=expect, leaves=False, deliver=into(found)
     )
     return found, version
 
@@ -68,7 +74,7 @@ async def test_a_file_of_a_directory(tmp_path: Path) -> None:
     async with our_node(tmp_path) as (client, base):
         found: dict[int, bytes] = {}
         await client.ranges(
-            base, CACHE, "p_aux", [(1, 3), (7, 9)], expect=None, deliver=found.__setitem__
+            base, CACHE, "p_aux", [(1, 3), (7, 9)], expect=None, leaves=False, deliver=into(found)
         )
         assert found == {1: b"pp", 7: b"pp"}
 

@@ -1,4 +1,4 @@
-"""Brings ranges of remote files from peers, when it is their turn."""
+"""Brings ranges of remote files from peers, when it is their turn, and what proves them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from functools import partial
 from sectorfs.errors import SectorFSError
 from sectorfs.stores.gates import Priority
 from sectorfs.stores.lanes import Descriptor, Lane
+from sectorfs.stores.manifest import Outline
 from sectorfs.stores.places import Places
+from sectorfs.stores.prover import Piece, Prover
+from sectorfs.stores.rolls import Roll
 from sectorfs.stores.sources import PeerSource
 from sectorfs.stores.transfer import PeerClient, Version
 from sectorfs.types import SectorFile
@@ -50,17 +53,30 @@ class PeerCarrier:
         spans: Sequence[tuple[int, int]],
         *,
         expect: Version | None,
+        prover: Prover | None,
         deliver: Callable[[int, bytes], object],
     ) -> Version:
         """See `Carrier.ranges`."""
-        return await self._peers.ranges(
+        pieces: list[Piece] = []
+
+        def came(start: int, data: bytes, told: bytes) -> None:
+            pieces.append(Piece(start, start + len(data), data, told))
+
+        version = await self._peers.ranges(
             source.url,
             self._file,
             self._member,
             spans,
             expect=expect or self._declared(source),
-            deliver=deliver,
+            leaves=prover is not None,
+            deliver=came,
         )
+        if prover is not None:
+            await prover.pass_on(source, pieces, deliver)
+        else:
+            for piece in pieces:
+                deliver(piece.start, piece.data)
+        return version
 
     async def receive(
         self,
@@ -69,6 +85,7 @@ class PeerCarrier:
         descriptor: Descriptor,
         *,
         expect: Version | None,
+        prover: Prover | None,
         progress: Callable[[int], object],
     ) -> Version:
         """See `Carrier.receive`."""
@@ -81,6 +98,7 @@ class PeerCarrier:
             expect=expect or self._declared(source),
             run=self._run,
             progress=self._noting(source, progress),
+            sieve=partial(prover.sieve, source, span) if prover is not None else None,
         )
 
     def _noting(
@@ -94,3 +112,34 @@ class PeerCarrier:
             progress(done)
 
         return note
+
+
+class PeerManifests:
+    """Implements `prover.Manifests` for one remote file."""
+
+    def __init__(
+        self, peers: PeerClient, places: Places, file: SectorFile, member: str | None
+    ) -> None:
+        self._peers = peers
+        self._places = places
+        self._file = file
+        self._member = member
+
+    # None of them needs a place: each is asked by a request that has one, or by one per file.
+
+    async def roll(self, source: PeerSource, digest: bytes) -> Roll:
+        """See `Manifests.roll`."""
+        with self._places.asking(source):
+            return await self._peers.roll(source.url, self._file, digest=digest)
+
+    async def outline(self, source: PeerSource, size: int, digest: bytes) -> Outline:
+        """See `Manifests.outline`."""
+        with self._places.asking(source):
+            return await self._peers.outline(
+                source.url, self._file, self._member, size=size, digest=digest
+            )
+
+    async def leaves(self, source: PeerSource, outline: Outline, blocks: range) -> bytes:
+        """See `Manifests.leaves`."""
+        with self._places.asking(source):
+            return await self._peers.leaves(source.url, self._file, self._member, outline, blocks)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Protocol
 
@@ -27,6 +27,7 @@ import trio
 
 from sectorfs.errors import (
     DiskError,
+    NoProof,
     NoSource,
     PermissionRefused,
     SectorFSError,
@@ -34,10 +35,11 @@ from sectorfs.errors import (
     StorageUnavailable,
 )
 from sectorfs.stores.arrivals import Arrivals
-from sectorfs.stores.blocks import PIECE, Identity
+from sectorfs.stores.blocks import BLOCK, PIECE, Identity
 from sectorfs.stores.gates import Priority
 from sectorfs.stores.intervals import Intervals
 from sectorfs.stores.lanes import Descriptor
+from sectorfs.stores.prover import Prover
 from sectorfs.stores.sources import PeerSource
 from sectorfs.stores.transfer import Version
 from sectorfs.stores.windows import Window
@@ -67,9 +69,14 @@ class Carrier(Protocol):
         spans: Sequence[tuple[int, int]],
         *,
         expect: Version | None,
+        prover: Prover | None,
         deliver: Callable[[int, bytes], object],
     ) -> Version:
-        """Each span in memory, in any order; `Stale` when the source gives another version."""
+        """Each span in memory, in any order, proved where there is a prover.
+
+        `Stale` when the source gives another version, `WrongBytes` when it gives wrong bytes,
+        `NoProof` when nobody can tell which are right.
+        """
 
     async def receive(
         self,
@@ -78,15 +85,23 @@ class Carrier(Protocol):
         descriptor: Descriptor,
         *,
         expect: Version | None,
+        prover: Prover | None,
         progress: Callable[[int], object],
     ) -> Version:
-        """A span into a file, at its place; `progress` gets the bytes of it that are there."""
+        """A span into a file, at its place; `progress` gets the bytes of it that are there.
+
+        Errors as above; with a prover nothing that is wrong gets into the file.
+        """
 
     def place(self, source: PeerSource, priority: Priority) -> AbstractAsyncContextManager[None]:
         """A place for one request."""
 
     async def back(self, causes: Mapping[PeerSource, SectorFSError], since: float) -> bool:
         """Wait until one of these that only broke off may be asked again; False: do not wait."""
+
+
+class Outdated(SectorFSError):
+    """What is read here could be proved by now, and is not: it must be opened anew."""
 
 
 class _Request:
@@ -133,12 +148,15 @@ class Stream:
         sharing: Callable[[], Collection[PeerSource]],
         failed: Callable[[PeerSource, SectorFSError], object],
         nursery: trio.Nursery,
+        prover: Prover | None = None,
     ) -> None:
         self.name = name
         self.identity = identity
         self.arrivals = arrivals
         self.source: PeerSource | None = None
         """That answered last."""
+        self.prover = prover
+        """None while nobody told the digest: then bytes are checked by their length alone."""
         self._carrier = carrier
         self._sources = sources
         self._sharing = sharing
@@ -150,6 +168,7 @@ class Stream:
         self._readers: list[tuple[int, int]] = []
         self._versions: dict[PeerSource, Version] = {}
         self._stale: Stale | None = None
+        self._outdated = False
         self._ahead: dict[Window, tuple[int, int]] = {}
         self._pumps = {Priority.AHEAD: 0, Priority.FILL: 0}
         self._fills = 0
@@ -169,6 +188,11 @@ class Stream:
     def stale(self) -> bool:
         """No source has this content any more."""
         return self._stale is not None
+
+    @property
+    def outdated(self) -> bool:
+        """Its bytes can be proved by now, but here they are not."""
+        return self._outdated
 
     async def read(self, window: Window, offset: int, size: int) -> bytes | memoryview:
         """Bytes at `offset`, fewer than `size` only at the end of the file.
@@ -207,6 +231,10 @@ class Stream:
             with self._waiting(offset, end) as requests:
                 for request in requests:
                     await self._wait(request, offset, end)
+
+    def outdate(self) -> None:
+        """A digest of the content is known now: bring nothing more without it."""
+        self._outdated = True
 
     async def fill(self) -> None:
         """Bring everything that is missing, behind all readers, to the partial file.
@@ -282,8 +310,7 @@ class Stream:
 
     def _unasked(self, start: int, end: int) -> list[tuple[int, int]]:
         """What of a range, rounded to pieces, is neither here nor on its way."""
-        start = start // PIECE * PIECE
-        end = min(self.size, -(-end // PIECE) * PIECE)
+        start, end = _whole_pieces(start, end, self.size)
         coming = Intervals((one.start, one.end) for one in self._coming())
         return [
             gap
@@ -325,10 +352,15 @@ class Stream:
         since = trio.current_time()
         while True:
             causes.clear()
-            if await self._bring_from_any(request, causes):
-                return
-            if not await self._carrier.back(causes, since):
-                raise self._verdict(tuple(causes.values()))
+            unproved: list[NoProof] = []
+            try:
+                if await self._bring_from_any(request, causes):
+                    return
+            except NoProof as exc:  # no fault of one source, nor would the next one's bytes help
+                unproved.append(exc)
+            failed = {**causes, **(unproved[0].failed if unproved else {})}
+            if not await self._carrier.back(failed, since):
+                raise self._verdict((*causes.values(), *unproved))
 
     async def _bring_from_any(
         self, request: _Request, causes: dict[PeerSource, SectorFSError]
@@ -336,6 +368,8 @@ class Stream:
         """One round over the sources; False when each failed, for one of the `causes`."""
         while (source := self._next_source(causes, request.priority)) is not None:
             request.source = source
+            if self._outdated:
+                raise Outdated("can be proved by now", self.name, "open it again")
             try:
                 async with self._carrier.place(source, request.priority):
                     if request.leader is not None:
@@ -351,6 +385,8 @@ class Stream:
                 self.arrivals.lose_disk(exc)
                 if request.priority is Priority.FILL:
                     raise
+            except NoProof:
+                raise
             except SectorFSError as exc:
                 causes[source] = exc
                 self._ranked_at = -math.inf
@@ -396,12 +432,12 @@ class Stream:
         others = Intervals(
             (one.start, one.end) for one in self._coming() if one not in members and not one.queued
         )
-        spans = [
+        spans = self._provable(
             gap
             for one in members
             for low, high in self.arrivals.missing(one.start, one.end)
             for gap in others.missing(low, high)
-        ]
+        )
         if not spans:
             return
         if len(spans) == 1 and spans[0][1] - spans[0][0] >= BULK and self.arrivals.kept:
@@ -415,7 +451,11 @@ class Stream:
                     one.tell()
 
         version = await self._carrier.ranges(
-            source, spans, expect=self._versions.get(source), deliver=deliver
+            source,
+            spans,
+            expect=self._versions.get(source),
+            prover=self.prover,
+            deliver=deliver,
         )
         self._learn(source, version)
 
@@ -433,9 +473,16 @@ class Stream:
             span,
             kept.descriptor,
             expect=self._versions.get(source),
+            prover=self.prover,
             progress=progress,
         )
         self._learn(source, version)
+
+    def _provable(self, spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Ranges to ask for; of whole pieces where they are proved, which what is here may cut."""
+        if self.prover is None:
+            return list(spans)
+        return list(Intervals(_whole_pieces(start, end, self.size) for start, end in spans))
 
     def _learn(self, source: PeerSource, version: Version) -> None:
         self._versions[source] = version
@@ -486,8 +533,12 @@ class Stream:
         for start, end in wanted:
             for gap in self._unasked(start, end):
                 for low, high in queued.missing(*gap):
-                    return low, min(high, (low // chunk + 1) * chunk)
+                    return low, min(self._bulk_end(high), (low // chunk + 1) * chunk)
         return None
+
+    def _bulk_end(self, end: int) -> int:
+        """Where bulk may end: with a block where it is proved, which asks for no hashes then."""
+        return end if self.prover is None else min(self.size, -(-end // BLOCK) * BLOCK)
 
     def _give_up(self, priority: Priority, cause: SectorFSError, begun: int) -> None:
         if priority is Priority.FILL:
@@ -496,3 +547,7 @@ class Stream:
             self._tell()
         else:
             self._ahead.clear()  # the next read asks, and hears why
+
+
+def _whole_pieces(start: int, end: int, size: int) -> tuple[int, int]:
+    return start // PIECE * PIECE, min(size, -(-end // PIECE) * PIECE)
