@@ -66,7 +66,9 @@ class Site:
         assert api is not None
         self.base = f"{api}/remote"
         self.rpc = f"{api}/rpc/v0"
-        self.storage = node.json("storage", "list")[0]["storage"]
+        self.storage = next(
+            one["storage"] for one in node.json("storage", "list") if one["path"] == str(disk)
+        )
         self._clients: list[GoClient] = []
 
     def token(self, *permissions: str) -> str:

@@ -66,7 +66,13 @@ def index_methods(index: SectorIndex, *, max_listed: int = MAX_LISTED) -> list[M
         ),
         _admin("Filecoin.StorageDropSector", serve.drop_one, str, sector, mask),
         _read("Filecoin.StorageFindSector", serve.find_as_lotus, sector, mask, int, bool),
-        _read("Filecoin.StorageBestAlloc", serve.best_alloc, mask, int, str, int),
+        Method(
+            name="Filecoin.StorageBestAlloc",
+            permission="read",
+            params=(mask, int, str, int),
+            optional=1,
+            handler=serve.best_alloc,
+        ),
         _read("Filecoin.StorageList", serve.list_all),
         _read("Sectorfs.FindSector", serve.find, sector, mask, int, bool),
         _read("Sectorfs.StorageStatus", serve.storages),
@@ -160,7 +166,7 @@ class _Server:
         )
 
     async def best_alloc(
-        self, mask: int, sector_size: int, path_type: str, miner: int
+        self, mask: int, sector_size: int, path_type: str, miner: int = 0
     ) -> list[shapes.StorageInfoShape] | None:
         storages = await self._index.best_alloc(
             mask, sector_size, path_type=shapes.to_path_type(path_type), miner=miner

@@ -39,6 +39,8 @@ from sectorfs.types import (
 
 Names = list[str] | None
 
+_MUTE = "has failed, and does not say how"
+
 
 class _Shape(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     pass
@@ -83,7 +85,8 @@ class HealthReportShape(_Shape, frozen=True):
     """One heartbeat."""
 
     stat: FsStatShape
-    err: str | None = ""
+    err: str | dict[str, object] | None = ""
+    """The first nodes of lotus have an object without its text here."""
 
 
 class DeclShape(_Shape, frozen=True):
@@ -262,7 +265,8 @@ def from_stat(stat: FsStat) -> FsStatShape:
 
 def to_report(shape: HealthReportShape, thing: object) -> HealthReport:
     """A checked heartbeat."""
-    return HealthReport(stat=to_stat(shape.stat, thing), error=shape.err or "")
+    error = shape.err if isinstance(shape.err, str | None) else _MUTE
+    return HealthReport(stat=to_stat(shape.stat, thing), error=error or "")
 
 
 def to_sector(shape: SectorShape) -> SectorID:

@@ -193,7 +193,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             rpc=Dispatcher(
                 [
                     *(index_methods(index) if connect.embedded(config) else ()),
-                    *rpc.node_methods(admin, node.status),
+                    *rpc.node_methods(admin, node.status, secret),
                     *move_methods(moves),
                     *caching_methods(caching),
                 ]

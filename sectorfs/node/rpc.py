@@ -22,6 +22,7 @@ from sectorfs.stores.path_changes import PathChanges
 from sectorfs.types import SectorID, StorageID, parse_sector
 from sectorfs.wire import jsonrpc
 from sectorfs.wire.jsonrpc import Method
+from sectorfs.wire.tokens import PERMISSIONS, Secret, claims
 
 T = TypeVar("T")
 
@@ -35,7 +36,7 @@ SCAN_PATIENCE = 86400.0
 
 
 def node_methods(
-    admin: LocalAdmin, status: Callable[[], Awaitable[reports.StatusReport]]
+    admin: LocalAdmin, status: Callable[[], Awaitable[reports.StatusReport]], secret: Secret
 ) -> list[Method]:
     """The table of a node's own methods."""
 
@@ -60,6 +61,10 @@ def node_methods(
     async def stat(storage: str) -> shapes.FsStatShape:
         return shapes.from_stat(await admin.stat(shapes.to_storage_id(storage)))
 
+    async def verify(token: str) -> list[str]:
+        allowed = claims(secret, token).permissions
+        return [name for name in PERMISSIONS if name in allowed]
+
     async def attach(path: str, settings: PathSettings | None) -> StorageID:
         return await admin.attach(_absolute(path), settings)
 
@@ -75,6 +80,7 @@ def node_methods(
         ("Filecoin.StorageRedeclareLocal", "admin", (str | None, bool), redeclare_local),
         ("Filecoin.StorageLocal", "admin", (), local),
         ("Filecoin.StorageStat", "admin", (str,), stat),
+        ("Filecoin.StorageAuthVerify", "read", (str,), verify),
         ("Sectorfs.NodeStatus", "read", (), status),
         ("Sectorfs.NodeAttach", "admin", (str, PathSettings | None), attach),
         ("Sectorfs.NodeDetach", "admin", (str, bool), detach),

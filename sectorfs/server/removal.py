@@ -1,8 +1,8 @@
 """``DELETE /remote/{type}/{sector}?keep=ID.ID``: take a sector file off this node's storage paths.
 
 ``keep`` names storages that stay untouched, as lotus and Curio send it: ids joined by dots, some of
-which may be empty. The last healthy primary copy of the cluster stays as well (409), unless ``force=true``,
-and so does one that is being moved to this node.
+which may be empty. The last healthy primary copy of the cluster stays as well (409), unless
+``force=true``, and so does one that is being moved to this node.
 """
 
 from __future__ import annotations

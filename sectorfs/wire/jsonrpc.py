@@ -68,6 +68,8 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
     permission: str
     params: tuple[Any, ...] = ()
     """Type of each positional parameter, as msgspec understands it."""
+    optional: int = 0
+    """How many of the last ones older callers leave out."""
     handler: Callable[..., Awaitable[object]]
     waits: bool = False
     """It mostly waits, and is cancelled when its client is gone. A change goes on to its end."""
@@ -199,12 +201,12 @@ def _params(method: Method, raw: msgspec.Raw) -> list[object]:
         values = msgspec.json.decode(raw, type=list[msgspec.Raw] | None) or []
     except _MALFORMED as exc:
         raise _BadParams("parameters must be an array") from exc
-    if len(values) != len(method.params):
+    if not 0 <= len(method.params) - len(values) <= method.optional:
         raise _BadParams(
             f"wrong param count (method '{method.name}'): {len(values)} != {len(method.params)}"
         )
     params = []
-    for number, (value, kind) in enumerate(zip(values, method.params, strict=True)):
+    for number, (value, kind) in enumerate(zip(values, method.params, strict=False)):
         try:
             params.append(msgspec.json.decode(value, type=kind))
         except _MALFORMED as exc:
