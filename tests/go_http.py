@@ -14,7 +14,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from email.utils import formatdate, parsedate_to_datetime
 from urllib.parse import parse_qs
 
@@ -164,9 +164,11 @@ def _ranged(
         if size == 0 and not empty_ranges:
             spans = []
         else:
-            return _refused(f"bytes */{size}", "invalid range: failed to overlap\n")
+            answer = _refused("invalid range: failed to overlap\n", headers)
+            answer.headers["Content-Range"] = f"bytes */{size}"
+            return answer
     except ValueError:
-        return _refused("", "invalid range\n")
+        return _refused("invalid range\n", headers)
     if sum(length for _, length in spans) > size or not spans:
         return Answer("200 OK", headers, [(fd, (0, size))], size)
     if len(spans) == 1:
@@ -175,11 +177,10 @@ def _ranged(
     return _multipart(fd, size, spans, headers)
 
 
-def _refused(extent: str, text: str) -> Answer:
+def _refused(text: str, headers: Mapping[str, str]) -> Answer:
     answer = say("416 Requested Range Not Satisfiable", text)
     answer.headers["X-Content-Type-Options"] = "nosniff"
-    if extent:
-        answer.headers["Content-Range"] = extent
+    answer.headers["Last-Modified"] = headers["Last-Modified"]  # taken out since 2024
     return answer
 
 

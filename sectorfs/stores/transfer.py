@@ -45,6 +45,7 @@ from sectorfs.index.content import same_mtime
 from sectorfs.index.protocol import FsStat
 from sectorfs.metrics import FETCHED_BYTES, SOURCE_FAILURES
 from sectorfs.stores.manifest import Outline, leaves_at, outline_size
+from sectorfs.stores.node_kinds import NodeKind, NodeKinds
 from sectorfs.stores.rolls import LIMIT as ROLL_LIMIT
 from sectorfs.stores.rolls import Roll, decode_roll
 from sectorfs.stores.tar_writer import CONTENT_TYPE
@@ -158,6 +159,11 @@ class PeerClient:
         self._client = client
         self._clock = clock
         self._latency: dict[str, Latency] = {}
+        self._kinds = NodeKinds(MTIME_HEADER)
+
+    def kind(self, base_url: str) -> NodeKind | None:
+        """What kind of node a peer is; None before it gave anything."""
+        return self._kinds.of(_peer(base_url))
 
     def latency(self, base_url: str) -> float:
         """Usual seconds to the first byte of an answer; 0 while nothing is known."""
@@ -180,24 +186,33 @@ class PeerClient:
         url = _file_url(base_url, file)
         if file.file_type.is_directory:
             return Told(await self._listing(_join(url, "files")), by_ours=True)
+        if self.kind(base_url) in (NodeKind.RANGES, NodeKind.WHOLE):
+            return await self._told_by_range(url)
         async with self._ask("HEAD", url) as response:
             if response.status != 405:
                 await _expect(response, 200)
                 if response.length is None:
                     raise SourceFailed("HEAD gives no length", response.url)
-                facts = Facts(response.length, _mtime_ns(response))
-                return Told(facts, by_ours=MTIME_HEADER in response.headers)
-        return Told(await self._facts_by_range(url), by_ours=False)
+                return _of_answer(response, response.length)
+        return await self._told_by_range(url)
 
-    async def _facts_by_range(self, url: str) -> Facts:
-        """For nodes without HEAD: the total stands in the answer to a range of one byte."""
+    async def _told_by_range(self, url: str) -> Told:
+        """For nodes without HEAD: the total stands in the answer to a range of one byte.
+
+        `NoRanges` from those that give files whole only, and no lengths with them.
+        """
         async with self._ask("GET", url, (("range", "bytes=0-0"),)) as response:
+            if response.status == 200:  # of an empty file, or ranges are passed over
+                _expect_octets(response)
+                if response.length is None:
+                    raise NoRanges("sends files whole, and does not say how long", response.url)
+                return _of_answer(response, response.length)
             if response.status != 416:
                 await _expect(response, 206)
             _, total = _content_range(response)
             if total is None:
                 raise SourceFailed("names no total size", response.url)
-            return Facts(total, _mtime_ns(response))
+            return _of_answer(response, total)
 
     async def _listing(self, url: str) -> Facts:
         async with self._ask("GET", url) as response:
@@ -230,6 +245,31 @@ class PeerClient:
                 _expect_octets(response)
                 _expect_time(response, mtime_ns)
                 await response.save(descriptor, offset=0, length=size, run=run, progress=progress)
+        except SectorFSError:
+            SOURCE_FAILURES.inc()
+            raise
+
+    async def fetch_unmeasured(
+        self,
+        base_url: str,
+        file: SectorFile,
+        descriptor: AbstractContextManager[int],
+        *,
+        limit: int,
+        run: Runner,
+        progress: Callable[[int], object] | None = None,
+    ) -> Facts:
+        """As `fetch`, of a file whose length only its end tells: size and time of what came.
+
+        Nodes that do not say the length end a body that they could not read to its end as if it
+        were whole: what came is to be judged by its length.
+        """
+        try:
+            async with self._ask("GET", _file_url(base_url, file), bulk=True) as response:
+                await _expect(response, 200)
+                _expect_octets(response)
+                size = await response.save_all(descriptor, limit=limit, run=run, progress=progress)
+                return Facts(size, _mtime_ns(response))
         except SectorFSError:
             SOURCE_FAILURES.inc()
             raise
@@ -465,6 +505,8 @@ class PeerClient:
         try:
             async with self._client.request(method, url, headers) as response:
                 self._observe(url, response.first_byte)
+                ranged = any(name == "range" for name, _ in headers)
+                self._kinds.saw(_peer(url), method, response, ranged=ranged)
                 if bulk:
                     response.throttle = self._client.rates.of(_peer(url))
                 yield response
@@ -586,10 +628,13 @@ def _content_range(response: Response) -> tuple[tuple[int, int] | None, int | No
     return (int(first), int(last)), size
 
 
+def _of_answer(response: Response, size: int) -> Told:
+    return Told(Facts(size, _mtime_ns(response)), by_ours=MTIME_HEADER in response.headers)
+
+
 def _expect_time(response: Response, mtime_ns: int | None) -> None:
-    if mtime_ns is None or MTIME_HEADER not in response.headers:
-        return
-    if not same_mtime(_mtime_ns(response), mtime_ns):
+    found = _mtime_ns(response)
+    if mtime_ns and found and not same_mtime(found, mtime_ns):
         raise SourceFailed("gives another content than was declared", response.url)
 
 
