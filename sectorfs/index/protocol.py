@@ -241,7 +241,8 @@ class SectorIndex(SectorLocks, Protocol):
     async def tell(self, found: Sequence[Declaration]) -> None:
         """Set the facts of declarations there are: those that others found out of a file.
 
-        Nobody is made a holder, or primary, by it: what is not declared is passed over.
+        Nobody is made a holder, or primary, by it: what is not declared is passed over, and so is
+        a digest of other facts than are declared by now. `Unsupported` by an older Index.
         """
 
     async def drop(self, keys: Sequence[LocationKey]) -> None:

@@ -126,14 +126,15 @@ def declare(db: Connection, declarations: Sequence[Declaration]) -> None:
 
 
 def tell(db: Connection, found: Sequence[Declaration]) -> None:
-    """Set the facts of declarations there are, and nothing else of them."""
+    """Set the facts of declarations there are, and nothing else of them.
+
+    A digest is of the content it is told with: when another is declared it comes too late.
+    """
     for declaration in found:
-        row = db.execute(
-            "SELECT 1 FROM sector_location WHERE miner_id = ? AND sector_num = ?"
-            " AND sector_filetype = ? AND storage_id = ?",
-            _where(declaration.key),
-        ).fetchone()
-        if row is not None:
+        row, facts = _known_row(db, _where(declaration.key)), declaration.facts
+        if row is None or facts is None:
+            continue
+        if not facts.digest or row[1] is None or tuple(row[1:4]) == facts_row(facts)[:3]:
             _declare_one(db, msgspec.structs.replace(declaration, primary=False))
 
 
@@ -178,14 +179,7 @@ def _known(db: Connection, storage: StorageID) -> bool:
 
 def _declare_one(db: Connection, declaration: Declaration) -> None:
     where = _where(declaration.key)
-    row = db.execute(
-        "SELECT l.is_primary, f.size, f.mtime_ns, f.members, f.digest"
-        " FROM sector_location AS l LEFT JOIN sector_facts AS f"
-        " USING (miner_id, sector_num, sector_filetype, storage_id)"
-        " WHERE l.miner_id = ? AND l.sector_num = ? AND l.sector_filetype = ?"
-        " AND l.storage_id = ?",
-        where,
-    ).fetchone()
+    row = _known_row(db, where)
     changed = False
     if row is None:
         db.execute(
@@ -207,6 +201,19 @@ def _declare_one(db: Connection, declaration: Declaration) -> None:
         changed |= _set_facts(db, where, known, facts_row(declaration.facts))
     if changed:
         _location_changed(db, where)
+
+
+def _known_row(db: Connection, where: tuple[Any, ...]) -> Row | None:
+    """Whether a declaration is primary, and its facts: size, mtime_ns, members, digest."""
+    row: Row | None = db.execute(
+        "SELECT l.is_primary, f.size, f.mtime_ns, f.members, f.digest"
+        " FROM sector_location AS l LEFT JOIN sector_facts AS f"
+        " USING (miner_id, sector_num, sector_filetype, storage_id)"
+        " WHERE l.miner_id = ? AND l.sector_num = ? AND l.sector_filetype = ?"
+        " AND l.storage_id = ?",
+        where,
+    ).fetchone()
+    return row
 
 
 def _set_facts(db: Connection, where: tuple[Any, ...], known: Row, told: Row) -> bool:

@@ -24,6 +24,7 @@ from sectorfs.errors import (
     SectorFSError,
     Unauthorized,
     Unreachable,
+    Unsupported,
 )
 from sectorfs.wire.messages import Gone
 
@@ -280,7 +281,8 @@ _KINDS: Mapping[str, type[SectorFSError]] = {
     for name, kind in vars(errors).items()
     if isinstance(kind, type)
     and issubclass(kind, SectorFSError)
-    and kind not in (SectorFSError, NoSource)
+    and kind is not SectorFSError
+    and not issubclass(kind, NoSource)
 }
 
 
@@ -339,4 +341,6 @@ def _carried(raw: msgspec.Raw, status: int, url: str) -> SectorFSError:
         return kind(data.what or error.message, data.thing, data.hint)
     if status >= 500 or error.code == INTERNAL_ERROR:
         return Unreachable(f"the server failed: {error.message[:500]}", url, "see its log")
+    if error.code == METHOD_NOT_FOUND:
+        return Unsupported(error.message[:500], url, "update sectorfs there")
     return Refused(error.message[:500] or f"error {error.code}", url)
