@@ -18,6 +18,7 @@ import os
 import msgspec
 
 from sectorfs.errors import Stale
+from sectorfs.stores.io_priority import idle_priority
 from sectorfs.stores.lanes import Descriptor, Lane
 from sectorfs.stores.manifest import BLOCK, block_hash, leaf_count, leaf_hashes
 from sectorfs.stores.regular import open_regular
@@ -73,7 +74,7 @@ class Medium:
         buffer = self._buffers.pop() if self._buffers else self._buffer()
 
         def call() -> Hashes:
-            with self._descriptor as fd, memoryview(buffer) as view:
+            with idle_priority(), self._descriptor as fd, memoryview(buffer) as view:
                 _fill(fd, view, offset, length, self.name)
                 with view[:length] as data:
                     leaves = leaf_hashes(data)
