@@ -74,7 +74,8 @@ class CatalogModel:
 
 
 def _facts(entry: Entry | None) -> Facts | None:
-    return None if entry is None else entry.facts
+    """What a change of it tells: not the digest, which comes later."""
+    return None if entry is None or entry.facts is None else entry.facts.bare
 
 
 def _within(file: SectorFile, past: SectorFile | None, last: SectorFile | None) -> bool:

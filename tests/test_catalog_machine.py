@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from sectorfs.index import columns, merge
-from sectorfs.index.catalog import Catalog, FileChange
+from sectorfs.index.catalog import Catalog, Entry, FileChange
 from sectorfs.index.names import Sectors
 from sectorfs.index.protocol import Changes, Declaration, LocationKey, PackedPage
 from sectorfs.types import Facts, FileType, MemberFacts, SectorFile, SectorID, StorageID
@@ -30,7 +30,10 @@ MEMBERS = st.lists(
     max_size=4,
     unique_by=lambda one: one.name,
 ).map(lambda found: tuple(sorted(found)))
-FACTS = st.none() | st.builds(Facts, st.integers(0, 1), st.integers(-1, 2), st.none() | MEMBERS)
+DIGESTS = st.sampled_from([b"", b"", b"\1" * 32, b"\2" * 32])
+FACTS = st.none() | st.builds(
+    Facts, st.integers(0, 1), st.integers(-1, 2), st.none() | MEMBERS, DIGESTS
+)
 DECLARATIONS = st.builds(Declaration, FILES, STORAGES, st.booleans(), FACTS)
 BATCHES = st.lists(DECLARATIONS, max_size=12)
 SNAPSHOTS = st.lists(DECLARATIONS, max_size=40, unique_by=lambda one: one.key).map(
@@ -128,12 +131,12 @@ class Beside(RuleBasedStateMachine):
     def _changed(self, file: SectorFile, differences: dict[SectorFile, FileChange]) -> bool:
         entry, change = self.catalog.entry(file), differences[file]
         before = self.model.entry(file)
-        assert (entry.facts if entry else None) in (change.before, change.after)
+        assert _bare(entry) in (change.before, change.after)
         if change.appeared or change.vanished:
             return (entry is None) == change.vanished
         assert entry is not None
         assert before is not None
-        return entry.facts != before.facts
+        return _bare(entry) != _bare(before)
 
     @rule(file_type=st.sampled_from(TYPES))
     def list_names(self, file_type: FileType) -> None:
@@ -205,6 +208,10 @@ class Beside(RuleBasedStateMachine):
             if facts is not None and facts.members is not None
         }
         assert {shape for shape in codes.shapes if shape is not None} == used
+
+
+def _bare(entry: Entry | None) -> Facts | None:
+    return None if entry is None or entry.facts is None else entry.facts.bare
 
 
 TestBeside = Beside.TestCase

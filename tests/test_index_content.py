@@ -7,10 +7,11 @@ import pytest
 from sectorfs.index.content import eligible, exact, present_facts, same_mtime
 from sectorfs.index.protocol import Declaration
 from sectorfs.types import Facts, MemberFacts
-from tests.index_fixtures import held
+from tests.index_fixtures import digested, held
 
 S = 10**9
 OLD, NEW = Facts(10, 5 * S), Facts(20, 9 * S)
+NEW_1, NEW_2 = digested(NEW, 1), digested(NEW, 2)
 
 
 def one(storage: str, facts: Facts | None, *, primary: bool = True) -> Declaration:
@@ -30,6 +31,18 @@ def one(storage: str, facts: Facts | None, *, primary: bool = True) -> Declarati
         ([one("a", OLD, primary=False), one("b", NEW, primary=False)], NEW),
         ([one("b", Facts(2, 5 * S)), one("a", Facts(1, 5 * S))], Facts(1, 5 * S)),
         ([one("a", Facts(1, 5 * S)), one("b", Facts(2, 5 * S))], Facts(1, 5 * S)),
+        ([one("a", NEW_1), one("b", OLD)], NEW_1),
+        ([one("a", NEW), one("b", NEW_1)], NEW_1),
+        ([one("a", NEW), one("b", NEW_1, primary=False)], NEW_1),
+        ([one("c", NEW_2, primary=False), one("a", NEW), one("b", NEW_1)], NEW_1),
+        ([one("c", NEW_2, primary=False), one("b", NEW_1, primary=False), one("a", NEW)], NEW_1),
+        ([one("a", NEW), one("b", digested(OLD, 1))], NEW),
+        ([one("a", NEW), one("b", digested(Facts(20, 8 * S), 1), primary=False)], NEW),
+        (
+            [one("a", Facts(20, 9 * S + 7)), one("b", NEW_1, primary=False)],
+            digested(Facts(20, 9 * S + 7), 1),
+        ),
+        ([one("a", None), one("b", NEW_1, primary=False)], NEW_1),
     ],
 )
 def test_present_facts(declarations: list[Declaration], expected: Facts | None) -> None:
@@ -48,6 +61,12 @@ def test_present_facts(declarations: list[Declaration], expected: Facts | None) 
         ([one("a", NEW), one("b", Facts(21, 9 * S), primary=False)], "a"),
         ([one("a", Facts(20, 9 * S + 7)), one("b", NEW, primary=False)], "ab"),
         ([one("a", NEW), one("b", None, primary=False), one("c", None)], "abc"),
+        ([one("a", NEW_1), one("b", NEW_1), one("c", NEW_1, primary=False)], "abc"),
+        ([one("a", NEW_1), one("b", NEW_2), one("c", NEW_2, primary=False)], "a"),
+        ([one("a", NEW_1), one("b", NEW), one("c", NEW, primary=False)], "abc"),
+        ([one("a", NEW), one("b", NEW_1), one("c", NEW_2, primary=False)], "ab"),
+        ([one("a", NEW_1), one("b", digested(Facts(20, 1), 1)), one("c", Facts(20, 1))], "abc"),
+        ([one("a", NEW_1), one("b", digested(Facts(20, 1), 2))], "a"),
     ],
 )
 def test_eligible(declarations: list[Declaration], storages: str) -> None:
@@ -60,6 +79,10 @@ def test_eligible(declarations: list[Declaration], storages: str) -> None:
 )
 def test_exact(facts: Facts | None, expected: bool) -> None:
     assert exact(one("a", facts, primary=False), NEW) is expected
+    assert exact(one("a", facts, primary=False), NEW_1) is expected
+    if facts is not None:
+        assert exact(one("a", digested(facts, 1), primary=False), NEW_1) is expected
+        assert not exact(one("a", digested(facts, 2), primary=False), NEW_1)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ FACTS = st.none() | st.builds(
     st.integers(0, 2),
     st.integers(0, 2),
     st.none() | st.just((MemberFacts("p_aux", 1, 1), MemberFacts("t_aux", 1, 1))),
+    st.sampled_from([b"", b"", b"\1" * 32, b"\2" * 32]),
 )
 BATCHES = st.lists(
     st.tuples(
@@ -197,9 +198,22 @@ class Following(RuleBasedStateMachine):
             return
         for one in declarations:
             old = self.rows.get(one.key, one)
-            facts = one.facts if one.facts is not None else old.facts
             primary = one.primary or old.primary
+            facts = _known_then(old.facts, one.facts)
             self.rows[one.key] = Declaration(one.file, one.storage, primary, facts)
+
+    @rule(batch=BATCHES)
+    def tell(self, batch: list[tuple[SectorFile, StorageID, bool, Facts | None]]) -> None:
+        """What others found out: of what is declared, and digests of what is declared so."""
+        told = [Declaration(*one) for one in batch]
+        self.loop.run(self.index.tell, told)
+        for one in told:
+            old, facts = self.rows.get(one.key), one.facts
+            if old is None or facts is None:
+                continue
+            if not facts.digest or old.facts is None or old.facts.bare == facts.bare:
+                facts = _known_then(old.facts, facts)
+                self.rows[one.key] = Declaration(one.file, one.storage, old.primary, facts)
 
     @rule(keys=st.lists(st.builds(LocationKey, FILES, STORAGES), max_size=4))
     def drop(self, keys: list[LocationKey]) -> None:
@@ -274,7 +288,7 @@ class Following(RuleBasedStateMachine):
         for file, facts in self.shown.items():
             entry = self.catalog.entry(file)
             assert entry is not None
-            assert entry.facts == facts
+            assert (entry.facts and entry.facts.bare) == facts
 
     @invariant()
     @precondition(lambda self: self.catalog.loaded)
@@ -284,6 +298,13 @@ class Following(RuleBasedStateMachine):
             by_storage.setdefault(one.storage, set()).add(one.file)
         for name in (StorageID(one) for one in "abc"):
             assert set(self.catalog.files_of(name)) == by_storage.get(name, set())
+
+
+def _known_then(known: Facts | None, told: Facts | None) -> Facts | None:
+    """What is known of a declaration once something was told, or nothing."""
+    if told is None or (known is not None and known.bare == told):
+        return known
+    return told
 
 
 TestFollowing = Following.TestCase

@@ -19,17 +19,27 @@ from sectorfs.index.packed import Pack
 from sectorfs.index.protocol import Declaration, PackedPage, SectorIndex
 from sectorfs.index.sqlite import SqliteIndex
 from sectorfs.types import Facts, FileType, MemberFacts, SectorFile, SectorID, StorageID
-from tests.index_fixtures import CUTOFF, STAT, directory, file, held, info, open_index, pack_of
+from tests.index_fixtures import (
+    CUTOFF,
+    STAT,
+    digested,
+    directory,
+    file,
+    held,
+    info,
+    open_index,
+    pack_of,
+)
 
 CACHE = file(3, FileType.CACHE)
 EVERYTHING = [
     held("a", file(1, FileType.UNSEALED), facts=Facts(7, -5)),
     held("a", 1, facts=Facts(2**62, 2**62)),
     held("b", 1, primary=False),
-    held("c", 1, facts=Facts(0, 0)),
+    held("c", 1, facts=digested(Facts(0, 0), 1)),
     held("a", SectorFile(FileType.SEALED, SectorID(1001, 0))),
     held("a", CACHE, facts=directory("p_aux", "t_aux")),
-    held("b", CACHE, facts=Facts(0, 9, ())),
+    held("b", CACHE, facts=digested(Facts(0, 9, ()), 2)),
     held("a", file(4, FileType.CACHE), facts=directory("p_aux", "t_aux", mtime_ns=8)),
     held("c", file(4, FileType.CACHE), facts=Facts(5, 6)),
 ]
@@ -211,6 +221,11 @@ PAIR = ["p_aux", "t_aux"]
         run(3, file_mtimes_ns=[1, 2, 3]),
         run(3, file_mtimes_ns=[1, 2, 3, 2**63]),
         run(3, file_mtimes_ns=None),
+        run(0, digests="0a"),
+        run(0, digests="0a" * 64),
+        run(0, digests="0g" * 32),
+        run(0, digests="0a " * 32),
+        run(1, digests="00" * 32 + "0a" * 64),  # the second row tells no size
     ],
 )
 def test_nonsense_is_refused(spoil: Callable[[Any], Any]) -> None:

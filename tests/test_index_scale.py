@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import itertools
+import sqlite3
 import tracemalloc
+from contextlib import closing
 from pathlib import Path
 
 from sectorfs.index.catalog import Catalog
@@ -19,9 +21,16 @@ MOST_BYTES = 100
 """Of a declaration, cache directories with their ten files among them: three million are 300 MB."""
 
 
-async def loaded(path: Path) -> Catalog:
+MOST_DIGEST_BYTES = 33
+"""More, once each file has a digest."""
+
+
+async def loaded(path: Path, *, digests: bool = False) -> Catalog:
     await scale.attach(path)
     scale.fill(path, SECTORS)
+    if digests:
+        with closing(sqlite3.connect(path)) as db, db:
+            db.execute("UPDATE sector_facts SET digest = randomblob(32)")
     catalog = Catalog()
     async with SqliteIndex.open(path, cutoff=CUTOFF) as index:
         await Feed(index, catalog, heartbeat=10, on_change=lambda _: None).step(wait=0)
@@ -42,12 +51,21 @@ async def test_everything_is_there(tmp_path: Path) -> None:
 
 
 async def test_a_declaration_takes_few_bytes(tmp_path: Path) -> None:
+    assert await taken(tmp_path / "index.db", digests=False) < MOST_BYTES
+
+
+async def test_a_digest_takes_its_own_bytes_and_no_more(tmp_path: Path) -> None:
+    without = await taken(tmp_path / "a.db", digests=False)
+    assert await taken(tmp_path / "b.db", digests=True) < without + MOST_DIGEST_BYTES
+
+
+async def taken(path: Path, *, digests: bool) -> float:
+    """Memory of a declaration."""
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
-        catalog = await loaded(tmp_path / "index.db")
+        catalog = await loaded(path, digests=digests)
         gc.collect()
-        taken = tracemalloc.get_traced_memory()[0] - before
+        return (tracemalloc.get_traced_memory()[0] - before) / len(catalog)
     finally:
         tracemalloc.stop()
-    assert taken / len(catalog) < MOST_BYTES
