@@ -30,6 +30,12 @@ CACHE_BYTES = Gauge("sectorfs_cache_bytes", "Bytes in the cache path, when last 
 EVICTIONS = Counter("sectorfs_evictions_total", "What went to make room", ["kind"])
 EVICTED_BYTES = Counter("sectorfs_evicted_bytes_total", "Bytes that went to make room")
 SOURCE_FAILURES = Counter("sectorfs_source_failures_total", "Sources that failed a fetch")
+WRONG_BYTES = Counter(
+    "sectorfs_wrong_bytes_total", "Answers of peers with bytes or hashes that proved wrong"
+)
+PROVED_BYTES = Counter(
+    "sectorfs_proved_bytes_total", "Bytes received from peers that were proved by their digest"
+)
 STORAGE_HEALTHY = Gauge("sectorfs_storage_healthy", "1 while a path answers", ["storage"])
 STORAGE_SILENT = Gauge(
     "sectorfs_storage_silent",

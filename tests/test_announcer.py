@@ -59,13 +59,20 @@ class Setting:
         self.copies = Copies(root, storage, Lane(str(root), deadline=5))
         self.busy: set[SectorFile] = set()
         self.current: dict[SectorFile, Facts] = {}
+        self.digests: dict[SectorFile, bytes] = {}
+        """Of copies that were proved."""
         self.announcer = Announcer(
             nursery,
             self.index,  # type: ignore[arg-type]  # only the calls that are made
             self.copies,
             busy=lambda file: file in self.busy,
             current=self.current.get,
+            digest=self._digest,
         )
+
+    async def _digest(self, file: SectorFile, facts: Facts) -> bytes:
+        await trio.lowlevel.checkpoint()
+        return self.digests.get(file, b"")
 
     def receive(self, file: SectorFile, name: str, data: bytes, mtime_ns: int) -> MemberFacts:
         """One file of a directory arrives."""

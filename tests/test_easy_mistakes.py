@@ -372,6 +372,7 @@ def _view(here: frozenset[StorageID], storage: Callable[[StorageID], Any]) -> so
         healthy=lambda storage: True,
         latency=lambda url: 0.0,
         failing=lambda url: False,
+        barred=lambda file, source: False,
     )
 
 

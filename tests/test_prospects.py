@@ -25,6 +25,7 @@ class World:
         self.paths: dict[StorageID, OwnPath] = {}
         self.silent: dict[str, str] = {}
         self.failing: set[str] = set()
+        self.barred: dict[str, str] = {}
         self.unhealthy: set[StorageID] = set()
         self.failures: dict[tuple[StorageID, str], Failure] = {}
 
@@ -46,11 +47,13 @@ class World:
             healthy=lambda storage: storage not in self.unhealthy,
             latency=lambda url: 0.0,
             failing=self.failing.__contains__,
+            barred=lambda file, source: source.url in self.barred,
         )
         outlook = Outlook(
             view=view,
             paths=self.paths,
             silent=lambda source: self.silent.get(source.url, ""),
+            barred=lambda file, source: self.barred.get(source.url, ""),
             failure=lambda storage, url: self.failures.get((storage, url)),
         )
         return prospects(Entry(present_facts(self.declared), tuple(self.declared)), outlook)

@@ -23,6 +23,7 @@ from sectorfs.stores import metadata, places
 from sectorfs.stores.copies import Copies
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.local import LocalStore
+from sectorfs.stores.manifest_store import ManifestStore
 from sectorfs.stores.protocol import OpenFile, StreamFile
 from sectorfs.stores.remote import RemoteStore
 from sectorfs.stores.transfer import PeerClient
@@ -55,6 +56,7 @@ class Peer:
     def __init__(self, root: Path, name: str) -> None:
         self.root = root
         self.storage = StorageID(name)
+        self.manifests = ManifestStore(root.with_name(f"{name}-manifests"), deadline=5)
         self.url = ""
         self.asked: list[str] = []
         """Method and path of each request."""
@@ -70,6 +72,7 @@ class Peer:
             health=dict,
             status=str,
             deadline=5,
+            manifests=self.manifests,
         )
 
     async def handle(self, request: Request) -> Reply:
@@ -119,6 +122,7 @@ class World:
         self.cache = root / "cache"
         storage = metadata.init_cache_path(str(self.cache)).storage
         self.copies = Copies(self.cache, storage, Lane(str(self.cache), deadline=5))
+        self.manifests = ManifestStore(root / "own-manifests", deadline=5)
         self.fetch = FetchConfig()
         self.store: RemoteStore
 
@@ -135,6 +139,7 @@ class World:
             cutoff=CUTOFF,
             own_urls=frozenset((OWN,)),
             fetch=self.fetch,
+            manifests=self.manifests,
         )
         await self.local.attach(str(self.cache))
         for peer in self.peers.values():

@@ -31,6 +31,7 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
     healthy: bool = True
     latency: float = 0.0
     failing: bool = False
+    barred: bool = False
     primary: bool = True
     facts: Facts | None = FACTS
 
@@ -50,6 +51,7 @@ def view_of(*held: Held) -> View:
         healthy=lambda storage: by_name[storage].healthy,
         latency=lambda url: by_url[url].latency,
         failing=lambda url: by_url[url].failing,
+        barred=lambda file, source: by_url[source.url].barred,
     )
 
 
@@ -108,6 +110,7 @@ def test_kinds_of_sources(held: list[Held], local: list[str], peers: list[str]) 
 
 
 RULES: list[dict[str, object]] = [
+    {"barred": True},
     {"failing": True},
     {"healthy": False},
     {"facts": OLDER},
@@ -181,6 +184,7 @@ def test_storage_that_the_catalog_does_not_know_is_read_where_it_is_here() -> No
         healthy=lambda _: False,
         latency=lambda _: 0.0,
         failing=lambda _: False,
+        barred=lambda file, source: False,
     )
     both = [declared(LOCAL), declared(A)]
     assert rank(both, view) == ([LocalSource(StorageID("l"), False)], [])
@@ -201,6 +205,7 @@ holders = st.lists(
         healthy=st.booleans(),
         latency=st.sampled_from([0.0, 0.001, 0.006]),
         failing=st.booleans(),
+        barred=st.booleans(),
         primary=st.booleans(),
         facts=st.sampled_from([None, FACTS, OLDER, OTHER]),
     ),

@@ -14,7 +14,7 @@ from trio.testing import wait_all_tasks_blocked
 from sectorfs.config import FetchConfig
 from sectorfs.errors import DiskFull, NoSource, NotFound, Stale
 from sectorfs.stores import copies as copies_module
-from sectorfs.stores import fetch_rules, streams
+from sectorfs.stores import fetch_rules, fills, streams
 from sectorfs.stores.blocks import PIECE
 from sectorfs.stores.cache_room import CacheRoom
 from sectorfs.stores.copies import Copies
@@ -247,7 +247,7 @@ async def test_what_is_here_is_read_though_all_sources_are_dead(
 async def test_a_fetch_makes_a_copy_and_tells_how_far_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streams, "PROGRESS_SECONDS", 0.01)
+    monkeypatch.setattr(fills, "PROGRESS_SECONDS", 0.01)
     async with world(tmp_path) as w:
         [peer] = w.peers.values()
         facts = await w.hold(peer, SEALED, DATA)

@@ -11,8 +11,9 @@ is left alone while one of its files is being fetched, whose end asks again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
+import msgspec
 import trio
 
 from sectorfs.errors import SectorFSError
@@ -37,21 +38,21 @@ class Announcer:
         *,
         busy: Callable[[SectorFile], bool],
         current: Callable[[SectorFile], Facts | None],
+        digest: Callable[[SectorFile, Facts], Awaitable[bytes]],
     ) -> None:
+        """`digest` tells that of a whole copy, as far as all of it was proved."""
         self._nursery = nursery
         self._index = index
         self._copies = copies
         self._busy = busy
         self._current = current
+        self._digest = digest
         self._waiting: dict[SectorFile, Facts] = {}
         self.running = False
         """Something is being told."""
 
     def add(self, file: SectorFile, facts: Facts) -> None:
-        """A regular file, or one file of a directory, has come; never waits.
-
-        `facts` have a digest only where the whole copy was proved by it.
-        """
+        """A regular file, or one file of a directory, has come; never waits."""
         if file not in self._waiting and len(self._waiting) >= LIMIT:
             log.debug("%s: left to the scan of the cache path", file)
             return
@@ -79,10 +80,17 @@ class Announcer:
         storage = self._copies.storage
         try:
             await self._index.declare(
-                [Declaration(file, storage, False, facts) for file, facts in whole.items()]
+                [
+                    Declaration(file, storage, False, await self._digested(file, facts))
+                    for file, facts in whole.items()
+                ]
             )
         except SectorFSError as exc:
             log.warning("%s not declared yet: %s", _some(list(whole)), exc)
+
+    async def _digested(self, file: SectorFile, facts: Facts) -> Facts:
+        """The facts with the digest of the copy itself, whatever that of its source is."""
+        return msgspec.structs.replace(facts, digest=await self._digest(file, facts))
 
     async def _complete(self, directories: dict[SectorFile, Facts]) -> dict[SectorFile, Facts]:
         """Put directories into place that are all here; returns those."""

@@ -9,6 +9,9 @@ Order: bytes, ``fdatasync``, marks. So a crash or a power cut may lose marks and
 lie: a bit is only ever set, and only when its bytes are durable. The same generation stands in the
 attribute and in the header, or a map that outlived another data file would be believed.
 
+What came while nobody told the digest of the content is *doubtful* once somebody does: it is not
+present until it was proved, piece by piece; when that is done the file says so of itself (`adopt`).
+
 Bytes at an offset of one data file are ever the same. That is why any call here may be given up
 when its disk hangs: whatever a late thread still writes is what belongs there. On a file system
 without extended attributes everything works, but nothing is resumed.
@@ -21,7 +24,7 @@ import os
 import re
 import secrets
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -70,14 +73,16 @@ class PartialFile:
     """A file whose bytes arrive in any order. All methods belong to the loop."""
 
     def __init__(
-        self, path: Path, identity: Identity, lane: Lane, files: _Files, present: Intervals
+        self, path: Path, identity: Identity, lane: Lane, files: _Files, found: _Found
     ) -> None:
         self.path = path
         """The data file."""
         self.identity = identity
-        self.present = present
+        self.present = found.present
         """The bytes that can be read from `descriptor`."""
-        self.resumed = present.total
+        self.doubtful = found.doubtful
+        """Bytes that an earlier run brought, and that have to be proved before they are present."""
+        self.resumed = found.present.total
         """Bytes that an earlier run had brought."""
         self._lane = lane
         self._files = files
@@ -86,10 +91,12 @@ class PartialFile:
         self._doubtful = False
 
     @classmethod
-    async def open(cls, lane: Lane, folder: Path, name: str, identity: Identity) -> PartialFile:
+    async def open(
+        cls, lane: Lane, folder: Path, name: str, identity: Identity, *, resume: bool = True
+    ) -> PartialFile:
         """Resume the partial file of this content, or begin anew instead of any other."""
         files, found = await lane.run(
-            lambda: _open(lane, folder, name, identity),
+            lambda: _open(lane, folder, name, identity, resume=resume),
             what=f"open the partial file {name}",
             discard=lambda opened: opened[0].close(),
         )
@@ -155,6 +162,27 @@ class PartialFile:
             self._syncing.set()
             self._syncing = None
 
+    async def look(
+        self, spans: Sequence[tuple[int, int]], judge: Callable[[bytes], bytes]
+    ) -> list[bytes]:
+        """What `judge`, in the thread that reads them, says of the bytes at these places."""
+        data = self._files.data
+
+        def call() -> list[bytes]:
+            with data as fd:
+                return [judge(os.pread(fd, end - start, start)) for start, end in spans]
+
+        return await self._lane.run(call, what=f"read {self.path.name}")
+
+    async def adopt(self) -> None:
+        """What is doubtful was looked at: what is present from now on is proved, and says so."""
+        await self.sync()
+        present, identity, files = self.present.copy(), self.identity, self._files
+        await self._lane.finish(
+            lambda: files.adopt(present, identity), what=f"sync {self.path.name}"
+        )
+        self.doubtful = Intervals()
+
     async def finish(self, target: Path) -> None:
         """Sync the whole file, set its time, give it its final name; the map goes last.
 
@@ -194,6 +222,13 @@ class PartialFile:
         self._files.close()
 
 
+class _Found(msgspec.Struct, frozen=True):
+    """What an earlier run left."""
+
+    present: Intervals
+    doubtful: Intervals
+
+
 class _Files:
     """The two descriptors; its methods block."""
 
@@ -209,6 +244,16 @@ class _Files:
             for start, end in fresh:
                 first, last = start // (8 * PIECE), -(-end // (8 * PIECE))
                 _write_all(fd, _bits(present, first, last, size), HEADER + first)
+
+    def adopt(self, present: Intervals, identity: Identity) -> None:
+        """Clear every mark but those of what is present, and only then name the digest."""
+        self.mark(present, Intervals([(0, identity.size)]), identity.size)
+        with self.data as fd, self.marks as map_fd:
+            os.fdatasync(map_fd)
+            stored = _stored(fd)
+            if stored is not None:
+                named = msgspec.structs.replace(stored, identity=identity)
+                xattr.xattr(fd).set(IDENTITY, msgspec.json.encode(named))
 
     def close(self) -> None:
         self.data.close()
@@ -226,13 +271,15 @@ def _bits(present: Intervals, first: int, last: int, size: int) -> bytes:
     return bits.to_bytes(last - first, "little")
 
 
-def _open(lane: Lane, folder: Path, name: str, identity: Identity) -> tuple[_Files, Intervals]:
+def _open(
+    lane: Lane, folder: Path, name: str, identity: Identity, *, resume: bool
+) -> tuple[_Files, _Found]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / (name + DATA_SUFFIX)
-    found = _resume(lane, path, identity)
+    found = _resume(lane, path, identity) if resume else None
     if found is None:
         remove(path)
-        found = _begin(lane, path, identity), Intervals()
+        found = _begin(lane, path, identity), _Found(Intervals(), Intervals())
     return found
 
 
@@ -263,7 +310,7 @@ def _begin(lane: Lane, path: Path, identity: Identity) -> _Files:
     return _Files(data, marks)
 
 
-def _resume(lane: Lane, path: Path, identity: Identity) -> tuple[_Files, Intervals] | None:
+def _resume(lane: Lane, path: Path, identity: Identity) -> tuple[_Files, _Found] | None:
     """The files of an earlier run and what they have; None when they are not of this content."""
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
@@ -274,9 +321,9 @@ def _resume(lane: Lane, path: Path, identity: Identity) -> tuple[_Files, Interva
     try:
         marks = lane.descriptor(os.open(path.with_suffix(MAP_SUFFIX), flags))
         with data as fd, marks as map_fd:
-            present = _load(fd, map_fd, identity)
-        if present is not None:
-            return _Files(data, marks), present
+            found = _load(fd, map_fd, identity)
+        if found is not None:
+            return _Files(data, marks), found
     except (FileNotFoundError, IsADirectoryError):
         pass
     except BaseException:
@@ -290,7 +337,7 @@ def _resume(lane: Lane, path: Path, identity: Identity) -> tuple[_Files, Interva
     return None
 
 
-def _load(fd: int, map_fd: int, identity: Identity) -> Intervals | None:
+def _load(fd: int, map_fd: int, identity: Identity) -> _Found | None:
     stored = _stored(fd)
     if stored is None or not same(stored.identity, identity):
         return None
@@ -305,7 +352,10 @@ def _load(fd: int, map_fd: int, identity: Identity) -> Intervals | None:
     marks = os.pread(map_fd, length, HEADER)
     text = f"{int.from_bytes(marks, 'little'):b}"[::-1][:pieces]
     runs = (run.span() for run in _RUNS.finditer(text))
-    return Intervals((low * PIECE, min(high * PIECE, identity.size)) for low, high in runs)
+    marked = Intervals((low * PIECE, min(high * PIECE, identity.size)) for low, high in runs)
+    if identity.digest and not stored.identity.digest:
+        return _Found(Intervals(), marked)
+    return _Found(marked, Intervals())
 
 
 def _stored(fd: int) -> _Stored | None:

@@ -135,7 +135,7 @@ class Copies:
         return len(lost)
 
     async def partial(
-        self, file: SectorFile, member: str | None, identity: Identity
+        self, file: SectorFile, member: str | None, identity: Identity, *, resume: bool = True
     ) -> PartialFile:
         """The partial file of a content, resumed where there is one; `DiskFull` without room."""
         await self._require_cleared()
@@ -149,7 +149,7 @@ class Copies:
                 lambda: self._check_room(identity.size, folder / f"{name}{DATA_SUFFIX}"),
                 what=f"begin copy of {file}",
             )
-            kept = await PartialFile.open(self.lane, folder, name, identity)
+            kept = await PartialFile.open(self.lane, folder, name, identity, resume=resume)
         self._partials.setdefault(file, set()).add(member)
         return kept
 

@@ -173,7 +173,7 @@ class Flights:
                 log.log(level, "%s: source %s failed: %s", file, source.url, exc)
                 causes.append(exc)
                 failed[source] = exc
-                self._ranking.failed(source, exc)
+                self._ranking.failed(file, source, exc)
             else:
                 self._ranking.answered(source)
                 return None

@@ -187,6 +187,8 @@ class PartSieve:
         self._giver = giver
         self.gathered: list[tuple[int, bytes]] = []
         """Leaf hashes of the blocks that came whole."""
+        self.passed = 0
+        """Bytes let through."""
 
     def __call__(self, view: memoryview) -> int:
         """How many of the next bytes are good; `WrongBytes` when the first part is not."""
@@ -201,6 +203,7 @@ class PartSieve:
             self._parts.popleft()
             self.gathered += part.told(hashes)
             passed += part.size
+        self.passed += passed
         return passed
 
 

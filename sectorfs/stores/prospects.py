@@ -16,7 +16,7 @@ from sectorfs.index import content
 from sectorfs.index.catalog import Entry
 from sectorfs.index.protocol import Declaration
 from sectorfs.stores.sources import PeerSource, View, rank
-from sectorfs.types import Facts, StorageID
+from sectorfs.types import Facts, SectorFile, StorageID
 
 Kind = Literal["here", "peer", "nowhere"]
 """On a path of this node, on another node, or on a storage that no node serves."""
@@ -59,6 +59,8 @@ class Outlook(msgspec.Struct, frozen=True, kw_only=True):
     """Storage paths of this node."""
     silent: Callable[[PeerSource], str]
     """Why a source is not asked at the moment; empty when it is."""
+    barred: Callable[[SectorFile, PeerSource], str]
+    """Why it is asked last for a sector file; empty when it is not."""
     failure: Callable[[StorageID, str], Failure | None]
     """The last failure of a storage, here (no URL) or at a base URL."""
 
@@ -75,7 +77,7 @@ def prospects(entry: Entry, outlook: Outlook) -> list[Prospect]:
         found.append(Prospect(local.storage, primary[local.storage], "here", where, against))
         chosen = chosen or where
     for source in peers:
-        against = _against(source, chosen, outlook)
+        against = _against(entry, source, chosen, outlook)
         found.append(Prospect(source.storage, primary[source.storage], "peer", source.url, against))
         chosen = chosen or ("" if against else source.url)
     ranked = {_key(one) for one in found}
@@ -86,13 +88,16 @@ def prospects(entry: Entry, outlook: Outlook) -> list[Prospect]:
     return [_with_failure(one, outlook) for one in found]
 
 
-def _against(source: PeerSource, chosen: str, outlook: Outlook) -> str:
+def _against(entry: Entry, source: PeerSource, chosen: str, outlook: Outlook) -> str:
     """Why a peer is not asked; empty for the one that is."""
     silent = outlook.silent(source)
     if silent:
         return f"is left alone for a moment: {silent}"
     if not chosen:
         return ""
+    barred = outlook.barred(entry.declarations[0].file, source)
+    if barred:
+        return barred
     if outlook.view.failing(source.url):
         return f"failed lately, and {chosen} comes first"
     if not outlook.view.healthy(source.storage):

@@ -23,6 +23,7 @@ import msgspec
 import trio
 
 from sectorfs.errors import NoProof, SectorFSError, WrongBytes
+from sectorfs.metrics import PROVED_BYTES
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.manifest import Manifest, Outline, edge_blocks, leaf_hashes
 from sectorfs.stores.proof import Part, PartSieve, Proof, ProofMemory
@@ -139,6 +140,7 @@ class Prover:
         self._failed = failed
         self._proof: Proof | None = None  # None until the file's own digest is known
         self._keeps_all = False
+        self._closed = False
         self._asking = trio.Lock()
         self._failures = 0
         self._failure: NoProof | None = None
@@ -156,9 +158,9 @@ class Prover:
 
     def close(self) -> None:
         """Nobody reads the file any more."""
+        self._closed = True
         if self._proof is not None:
             self._proving.memory.leaves(self._proof)
-            self._proof = None
 
     # --- what came ---
 
@@ -180,6 +182,7 @@ class Prover:
                     self._gather(part.told(found))
                 else:
                     bad.append(part)
+            PROVED_BYTES.inc(sum(part.size for part in parts if part not in bad))
             wrong = wrong or next(iter(bad), None)
             _hand_on(piece, [part for part in parts if part not in bad] if bad else None, came)
         if wrong is not None:
@@ -193,16 +196,17 @@ class Prover:
         try:
             yield sieve
         finally:
+            PROVED_BYTES.inc(sieve.passed)
             self._gather(sieve.gathered)
 
-    async def parts(self, source: PeerSource, pieces: Sequence[Piece]) -> list[list[Part]]:
+    async def parts(self, source: PeerSource | None, pieces: Sequence[Piece]) -> list[list[Part]]:
         """What pieces that a source gave must be."""
         while True:
             proof = await self._ready()
             for piece in pieces:
                 if piece.told and proof.lacking(piece.start, piece.end):
                     edges = edge_blocks(proof.size, piece.start, piece.end)
-                    proof.take_leaves(edges, piece.told, source.url)
+                    proof.take_leaves(edges, piece.told, source.url if source is not None else "")
             lacking = {block for one in pieces for block in proof.lacking(one.start, one.end)}
             if not lacking and proof.outline is not None:
                 return [proof.parts(one.start, one.end) for one in pieces]
@@ -267,6 +271,8 @@ class Prover:
 
         if proof.outline is None:
             await self._from_any(ask)
+        if self._closed:
+            self._proving.memory.leaves(proof)
         return proof
 
     async def _own_digest(self) -> bytes:

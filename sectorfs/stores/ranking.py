@@ -1,22 +1,28 @@
 """The sources of a sector file, best first, by what this node knows now.
 
 The rule itself is `sources`; here is what it looks at: the catalog, this node's own paths, how fast
-peers answer, and which of them failed lately.
+peers answer, which of them failed lately, and which gave wrong bytes.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import trio
 
-from sectorfs.errors import NotFound, SectorFSError
+from sectorfs.errors import NoRanges, NotFound, SectorFSError, WrongBytes
 from sectorfs.index.catalog import Catalog, Entry
+from sectorfs.metrics import WRONG_BYTES
+from sectorfs.stores.bars import Bar, Bars
 from sectorfs.stores.local import LocalStore
+from sectorfs.stores.node_kinds import NodeKind
 from sectorfs.stores.prospects import Failure, Outlook, OwnPath, Prospect, prospects
 from sectorfs.stores.sources import LocalSource, PeerSource, View, rank, sharing
 from sectorfs.stores.transfer import PeerClient
-from sectorfs.types import StorageID
+from sectorfs.types import SectorFile, StorageID
+
+log = logging.getLogger(__name__)
 
 FAILING_SECONDS = 15.0
 """For so long a peer that failed is tried last."""
@@ -41,6 +47,7 @@ class Ranking:
         self._own_urls = own_urls
         self._cutoff = cutoff
         self._now = now
+        self._bars = Bars(catalog.declared)
         self._failed_at: dict[str, float] = {}
         # By storage and base URL, which is empty for copies on this node.
         self._failures: dict[tuple[StorageID, str], Failure] = {}
@@ -60,6 +67,7 @@ class Ranking:
             paths={path.storage: OwnPath(path.path, path.error) for path in self._local.paths()},
             silent=silent,
             failure=lambda storage, url: self._failures.get((storage, url)),
+            barred=lambda file, source: str(self.bar(file, source) or ""),
         )
         return prospects(entry, outlook)
 
@@ -71,18 +79,36 @@ class Ranking:
             storage=self._catalog.storage,
             healthy=self.healthy,
             latency=self._peers.latency,
+            whole_only=lambda url: self._peers.kind(url) is NodeKind.WHOLE,
             failing=lambda url: now - self._failed_at.get(url, -FAILING_SECONDS) < FAILING_SECONDS,
+            barred=lambda file, source: self._bars.of(file, source, now) is not None,
         )
 
     def healthy(self, storage: StorageID) -> bool:
         """Whether a storage was heard of lately."""
         return self._catalog.healthy(storage, self._now(), self._cutoff)
 
-    def failed(self, source: PeerSource, cause: SectorFSError) -> None:
-        """A source could not give what it should; one that lacks a file is not ill."""
+    def failed(self, file: SectorFile, source: PeerSource, cause: SectorFSError) -> None:
+        """A source could not give what it should of a file.
+
+        One that lacks a file is not ill, nor is one that gives files whole only, nor one that has a
+        bad copy: that one is barred.
+        """
         self._note(source.storage, source.url, cause)
-        if not isinstance(cause, NotFound):
+        if isinstance(cause, WrongBytes):
+            WRONG_BYTES.inc()
+            log.warning("%s: %s is asked last from now on: %s", file, source.url, cause)
+            self._bars.add(file, source, cause.what, self._now())
+        elif not isinstance(cause, NotFound | NoRanges):
             self._failed_at[source.url] = self._now()
+
+    def bar(self, file: SectorFile, source: PeerSource) -> Bar | None:
+        """Why a source is asked last for a file; None when it is not."""
+        return self._bars.of(file, source, self._now())
+
+    def bars(self) -> list[Bar]:
+        """All sources that gave wrong bytes, the last first."""
+        return self._bars.all(self._now())
 
     def failed_here(self, storage: StorageID, cause: SectorFSError) -> None:
         """A copy on this node could not be read."""

@@ -19,6 +19,7 @@ import trio
 from sectorfs.config import FetchConfig
 from sectorfs.errors import (
     DiskError,
+    NoProof,
     NoRanges,
     NoSource,
     NotFound,
@@ -27,11 +28,13 @@ from sectorfs.errors import (
     Stale,
     StorageUnavailable,
     Unreachable,
+    WrongBytes,
 )
 from sectorfs.index.catalog import Catalog, Entry
 from sectorfs.index.content import facts_of
 from sectorfs.index.protocol import SectorIndex
 from sectorfs.stores.announcer import Announcer
+from sectorfs.stores.bars import Bar
 from sectorfs.stores.cache import CacheKeeper
 from sectorfs.stores.cache_room import CacheRoom
 from sectorfs.stores.carriers import PeerCarrier
@@ -39,13 +42,16 @@ from sectorfs.stores.copies import Copies
 from sectorfs.stores.fetch_rules import is_streamed, may_fill
 from sectorfs.stores.flights import Fetch, Flights
 from sectorfs.stores.local import LocalStore
+from sectorfs.stores.manifest_store import ManifestStore
 from sectorfs.stores.places import Places
 from sectorfs.stores.prospects import Prospect
 from sectorfs.stores.protocol import OpenFile, State, StreamFile
+from sectorfs.stores.provers import Provers
 from sectorfs.stores.ranking import Ranking
+from sectorfs.stores.sessions import Surroundings, Wanted
 from sectorfs.stores.sources import PeerSource
 from sectorfs.stores.space_ledger import SpaceLedger
-from sectorfs.stores.streams import Streams, Surroundings, Wanted
+from sectorfs.stores.streams import Streams
 from sectorfs.stores.transfer import PeerClient, Version
 from sectorfs.types import Facts, MemberFacts, SectorFile
 
@@ -82,6 +88,7 @@ class RemoteStore:
         fetch: FetchConfig,
         space: SpaceLedger | None = None,
         keeper: CacheKeeper | None = None,
+        manifests: ManifestStore | None = None,
     ) -> None:
         self._catalog = catalog
         self._local = local
@@ -92,9 +99,23 @@ class RemoteStore:
         self._places = Places(parallel, patience=patience)
         self._learned: dict[SectorFile, Facts] = {}
         self._keeper = keeper
+        self._provers = Provers(
+            catalog,
+            peers,
+            self._places,
+            manifests,
+            storage=copies.storage,
+            sources=self._peers_with,
+            failed=self._ranking.failed,
+        )
         room = CacheRoom(copies, local, space, keeper)
         self._announcer = Announcer(
-            nursery, index, copies, busy=self._is_arriving, current=self._facts
+            nursery,
+            index,
+            copies,
+            busy=self._is_arriving,
+            current=self._facts,
+            digest=self._provers.copy_digest,
         )
         self._flights = Flights(
             nursery=nursery,
@@ -114,6 +135,9 @@ class RemoteStore:
                 sources=self._peers_with,
                 sharing=self._peers_sharing,
                 failed=self._ranking.failed,
+                digested=self._provers.digested,
+                prover=self._provers.of,
+                keep=self._provers.keep,
                 reserve=room.reserve,
                 grow=room.grow,
                 whole=self._landed,
@@ -197,6 +221,10 @@ class RemoteStore:
         """Every copy, those that `open` would try first in front, and what speaks against it."""
         entry = self._catalog.entry(file)
         return self._ranking.prospects(entry, self._places.reason) if entry is not None else []
+
+    def bars(self) -> list[Bar]:
+        """The sources that gave wrong bytes, the last first."""
+        return self._ranking.bars()
 
     async def fetch(self, file: SectorFile, *, progress: Progress | None = None) -> None:
         """Make a whole copy of a sector file, and wait for it; nothing to do where it is here."""
@@ -431,4 +459,11 @@ def _only_whole(failure: NoSource, member: str | None) -> bool:
     Nodes of other programs do not know the single files of a directory.
     """
     usual = (NoRanges, NotFound) if member is not None else NoRanges
-    return any(isinstance(cause, usual) for cause in failure.causes)
+    return any(isinstance(cause, usual) or _without_manifest(cause) for cause in failure.causes)
+
+
+def _without_manifest(cause: BaseException) -> bool:
+    """True when nobody could prove a part, but the whole of it may turn out to be right."""
+    return isinstance(cause, NoProof) and not all(
+        isinstance(one, WrongBytes) for one in cause.causes
+    )

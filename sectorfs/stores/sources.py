@@ -1,7 +1,8 @@
 """Which copy of a sector file to read: a pure ranking of its declarations.
 
 Local paths come first, then paths attached here and elsewhere (usually network file systems), then
-peers: healthy before unhealthy, those that failed lately last, the very content before a primary of
+peers: healthy before unhealthy, those that failed lately last, and behind them those that gave
+wrong bytes of this file; the very content before a primary of
 the same size with another time, then by latency and weight. The order is total, so that every
 reader of a node takes the same source.
 """
@@ -14,7 +15,7 @@ import msgspec
 
 from sectorfs.index import content
 from sectorfs.index.protocol import Declaration, StorageStatus
-from sectorfs.types import Facts, StorageID
+from sectorfs.types import Facts, SectorFile, StorageID
 
 LATENCY_STEP = 0.005
 """Seconds: latencies are compared in steps, so that noise does not override weights."""
@@ -49,6 +50,10 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds to the first byte of a base URL; 0 when never asked."""
     failing: Callable[[str], bool]
     """True for a base URL that failed lately."""
+    barred: Callable[[SectorFile, PeerSource], bool]
+    """True for a source that gave wrong bytes of a sector file."""
+    whole_only: Callable[[str], bool] = lambda url: False
+    """True for a base URL whose node gives files whole only."""
 
 
 def rank(
@@ -69,9 +74,11 @@ def rank(
             local.append((key, LocalSource(declaration.storage, bool(others))))
         unwell = not view.healthy(declaration.storage)
         for url in others:
+            source = PeerSource(declaration.storage, url)
             step = int(view.latency(url) / LATENCY_STEP)
-            peer_key = (view.failing(url), unwell, inexact, step, -weight, declaration.storage, url)
-            peers.append((peer_key, PeerSource(declaration.storage, url)))
+            troubles = (view.barred(declaration.file, source), view.failing(url), unwell, inexact)
+            whole_only = view.whole_only(url)
+            peers.append(((*troubles, whole_only, step, -weight, declaration.storage, url), source))
     return (
         [source for _, source in sorted(local, key=lambda pair: pair[0])],
         [source for _, source in sorted(peers, key=lambda pair: pair[0])],
@@ -87,8 +94,11 @@ def sharing(declarations: Sequence[Declaration], view: View) -> frozenset[PeerSo
             continue
         status = view.storage(declaration.storage)
         for url in status.info.urls if status else ():
-            if url not in view.own_urls and not view.failing(url):
-                found.add(PeerSource(declaration.storage, url))
+            source = PeerSource(declaration.storage, url)
+            troubled = view.failing(url) or view.barred(declaration.file, source)
+            troubled |= view.whole_only(url)
+            if url not in view.own_urls and not troubled:
+                found.add(source)
     return frozenset(found)
 
 
