@@ -149,6 +149,32 @@ class StorageConfig(_Section, frozen=True):
     """How often everything is listed again."""
 
 
+class HashConfig(_Section, frozen=True):
+    """``[hash]``: how this node makes the manifests of its files."""
+
+    max_rate: str = "200MB"
+    """Bytes a second read for it on this node, ``0`` for no limit. A share of what its disks can
+    do together, for nobody waits for it: 250 TiB take sixteen days."""
+    idle: _Seconds = 5
+    """A path that others read waits for so many quiet seconds, or gives hashing a tenth of its
+    time where there are none."""
+    delay: _Seconds = 60
+    """So long after its start a node has better to do."""
+    xattr: bool = False
+    """Note size, time and digest in ``user.sectorfs.content`` of each hashed file as well."""
+
+
+class ScrubConfig(_Section, frozen=True):
+    """``[scrub]``: how this node verifies the files that it holds."""
+
+    every: str = ""
+    """How long after one look at all files of a storage path the next begins, like ``30d``; empty
+    or ``0`` for never but by `sectorfs sector verify`: it reads every byte of every disk."""
+    max_rate: str = "0"
+    """Bytes a second read for it on this node, like ``500MB``; ``0`` for no limit. Whoever else
+    reads from a disk goes first."""
+
+
 class Config(_Section, frozen=True):
     """All settings of a node."""
 
@@ -160,6 +186,7 @@ class Config(_Section, frozen=True):
     cache: CacheConfig = CacheConfig()
     fetch: FetchConfig = FetchConfig()
     storage: StorageConfig = StorageConfig()
+    hash: HashConfig = HashConfig()
 
     def replace(self, **sections: dict[str, Any]) -> Config:
         """A copy with some keys changed, checked like the file: ``replace(node={"listen": …})``."""
@@ -213,6 +240,7 @@ def _checked(data: Any, origin: object) -> Config:
     for key, rate in (
         ("peers.max_rate", config.peers.max_rate),
         ("fetch.max_rate", config.fetch.max_rate),
+        ("hash.max_rate", config.hash.max_rate),
     ):
         try:
             rate_of(rate)

@@ -54,3 +54,11 @@ DECLARATIONS = Counter("sectorfs_declarations_total", "Sector files declared", [
 CATALOG_FILES = Gauge("sectorfs_catalog_sector_files", "Sector files in the catalog")
 CATALOG_SEQ = Gauge("sectorfs_catalog_seq", "Last change of the Index applied")
 INDEX_CONNECTED = Gauge("sectorfs_index_connected", "1 while the change feed answers")
+HASHED_BYTES = Counter("sectorfs_hashed_bytes_total", "Bytes of this node's files hashed")
+HASH_LEFT_BYTES = Gauge(
+    "sectorfs_hash_left_bytes", "Bytes of a path that have no manifest yet", ["storage"]
+)
+HASH_LEFT_FILES = Gauge(
+    "sectorfs_hash_left_files", "Sector files of a path without a manifest", ["storage"]
+)
+HASH_FAILURES = Counter("sectorfs_hash_failures_total", "Sector files that could not be hashed")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import click
 
 from sectorfs import __version__
-from sectorfs.cli import auth, caching, drain, node, output, piece, sectors, storage, why
+from sectorfs.cli import auth, caching, drain, hashing, node, output, piece, sectors, storage, why
 from sectorfs.cli.context import Settings, common
 from sectorfs.errors import BadInput, SectorFSError, from_os
 
@@ -37,6 +37,7 @@ for command in (
     storage.storage,
     sectors.sector,
     why.why,
+    hashing.hashing,
     auth.auth,
     auth.config,
 ):

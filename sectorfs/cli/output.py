@@ -124,8 +124,29 @@ def print_status(out: Console, status: reports.StatusReport) -> None:
         out.print(f"fetching {name} from {_escape(fetch.source)} {bar(share)} {size(fetch.done)}")
     for scan in status.scans:
         out.print(f"scanning {_escape(scan.path)}: {scan.done} entries")
+    out.print(f"hashing {hashing(status.hashing)}", highlight=False)
     for problem in status.problems:
         out.print(f"[red]{_escape(problem)}[/]", highlight=False)
+
+
+def hashing(report: reports.HashReport) -> str:
+    """One line on the manifests that are made."""
+    if report.state == "stopped":
+        return "paused; no node runs" if report.paused else "no node runs"
+    if not report.left_files and not report.current:
+        return f"{report.state}, nothing is left"
+    left = f"{report.left_files} files, {size(report.left_bytes)} left"
+    pace = f", {size(report.rate)}/s" if report.rate else ""
+    ends = f", {duration(report.seconds_left)}" if report.seconds_left is not None else ""
+    return f"{report.state}, {left}{pace}{ends}"
+
+
+def duration(seconds: int) -> str:
+    """Seconds for people: ``16 days``, ``3 h``, ``5 min``."""
+    for length, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * length:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} s"
 
 
 def _open_files(files: reports.FilesReport) -> str:

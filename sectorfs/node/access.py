@@ -15,6 +15,7 @@ from sectorfs.index.catalog import Catalog
 from sectorfs.index.feed import Feed
 from sectorfs.node import connect, reports
 from sectorfs.node.admin import Admin, LocalAdmin
+from sectorfs.node.hashing import LocalHashing
 from sectorfs.node.moves import local_moves
 from sectorfs.node.repo import Repo
 from sectorfs.node.rpc import NodeClient
@@ -101,6 +102,7 @@ async def _offline(repo: Repo) -> AsyncIterator[LocalAdmin]:
             caught_up=lambda: _load(feed),
             state=None,
             caching=None,
+            hashing=LocalHashing(repo, None),
             moves=local_moves(
                 index=index,
                 local=local,

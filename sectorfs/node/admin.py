@@ -22,6 +22,7 @@ from sectorfs.index.protocol import FsStat, SectorIndex, StorageStatus
 from sectorfs.node import reports
 from sectorfs.node.caching import Caching, LocalCaching
 from sectorfs.node.forget import DetachReport, Lost, detach_report, forget, last_copies
+from sectorfs.node.hashing import Hashing, LocalHashing
 from sectorfs.node.moves import LocalMoves, Moves
 from sectorfs.node.repo import Repo
 from sectorfs.node.settings import SettingsReport, not_here, settings_report
@@ -59,6 +60,10 @@ class Admin(Protocol):
     @property
     def caching(self) -> Caching:
         """Verbs on this node's copies; `Unreachable` where no node runs."""
+
+    @property
+    def hashing(self) -> Hashing:
+        """Verbs on the hashing of this node's files."""
 
     async def attach(self, path: str, settings: PathSettings | None) -> StorageID:
         """Attach a directory and remember it; with settings, initialise it first."""
@@ -101,8 +106,10 @@ class LocalAdmin:
         state: Callable[[SectorFile], str] | None,
         moves: LocalMoves,
         caching: LocalCaching | None,
+        hashing: LocalHashing,
     ) -> None:
         self.moves = moves
+        self.hashing = hashing
         self._caching = caching
         self._repo = repo
         self._index = index

@@ -29,6 +29,7 @@ from sectorfs.index.rpc import index_methods
 from sectorfs.node import addresses, connect, rpc, unmount
 from sectorfs.node.admin import LocalAdmin
 from sectorfs.node.caching import LocalCaching, MountReaders, caching_methods
+from sectorfs.node.hashing import LocalHashing, hashing_methods
 from sectorfs.node.moves import local_moves, move_methods
 from sectorfs.node.own_files import OwnFiles
 from sectorfs.node.repo import Repo
@@ -38,8 +39,10 @@ from sectorfs.stores import metadata, storage_list
 from sectorfs.stores.cache import CacheKeeper
 from sectorfs.stores.cache_notes import CacheNotes
 from sectorfs.stores.copies import Copies
+from sectorfs.stores.hasher import Hasher
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.local import LocalStore
+from sectorfs.stores.manifest_store import ManifestStore
 from sectorfs.stores.places import most_requests
 from sectorfs.stores.protocol import OpenFile
 from sectorfs.stores.remote import RemoteStore
@@ -163,6 +166,17 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             space=space,
             keeper=keeper,
         )
+        manifests = ManifestStore(repo.manifests, deadline=config.timeouts.disk)
+        stack.callback(manifests.close)
+        hasher = Hasher(
+            catalog=catalog,
+            index=index,
+            manifests=manifests,
+            paths=local.paths,
+            config=config.hash,
+            paused=repo.hashing_paused(),
+        )
+        hashing = LocalHashing(repo, hasher)
         caching = LocalCaching(catalog=catalog, feed=feed, store=store, keeper=keeper)
         admin = LocalAdmin(
             repo=repo,
@@ -175,6 +189,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             state=store.state,
             moves=moves,
             caching=caching,
+            hashing=hashing,
         )
         node = Node(
             repo=repo,
@@ -186,6 +201,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             store=store,
             keeper=keeper,
             admin=admin,
+            hasher=hasher,
         )
         handler = make_handler(
             local,
@@ -196,11 +212,14 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
                     *rpc.node_methods(admin, node.status, secret),
                     *move_methods(moves),
                     *caching_methods(caching),
+                    *hashing_methods(hashing),
                 ]
             ),
             health=lambda: {"version": __version__, "index": feed.connected},
             status=lambda: f"sectorfs {__version__} at {api}\n",
             deadline=config.timeouts.disk,
+            manifests=manifests,
+            missed=hasher.asked,
             remover=moves.remover,
         )
         limits = Limits(
@@ -218,6 +237,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
         await nursery.start(local.run)
         nursery.start_soon(keeper.run)
         nursery.start_soon(_settle, feed, store)
+        nursery.start_soon(hasher.run)
         old = [url for url in repo.advertised() if url != own_url]
         repo.write_advertised([*old, own_url])
         attached = await _attach(nursery, local, (str(copies.root), *known.paths))

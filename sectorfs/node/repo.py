@@ -113,6 +113,28 @@ class Repo:
         if not self.knows_index(url):
             self._write("index-url", url)
 
+    @property
+    def manifests(self) -> Path:
+        """What proves the files of this node."""
+        return self.root / "manifests"
+
+    def hashing_paused(self) -> bool:
+        """Whether an operator holds up the hashing of files."""
+        return self._read("hashing-paused") is not None
+
+    def write_hashing_paused(self, *, paused: bool) -> None:
+        """Remember it over restarts."""
+        if paused:
+            self._write("hashing-paused", "see `sectorfs hash`")
+        else:
+            with suppress(FileNotFoundError):
+                (self.root / "hashing-paused").unlink()
+
+    @property
+    def scrub(self) -> Path:
+        """How far the scrub of each storage is, and what it found."""
+        return self.root / "scrub"
+
     # --- the lock ---
 
     def mountpoint(self) -> str | None:

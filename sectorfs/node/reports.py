@@ -149,6 +149,77 @@ class ScanReport(msgspec.Struct, kw_only=True):
     """Entries looked at."""
 
 
+class HashedFileReport(msgspec.Struct, kw_only=True):
+    """A file that is being hashed."""
+
+    sector: str
+    file_type: str
+    member: str | None
+    done: int
+    size: int
+
+
+class HashReport(msgspec.Struct, kw_only=True):
+    """The hashing of a node, in `status` and from `hash`."""
+
+    state: str
+    """``hashing``, ``waiting`` (for readers, a disk or the Index), ``idle`` (nothing is left),
+    ``paused``, or ``stopped`` where no node runs."""
+    paused: bool
+    left_files: int = 0
+    """Sector files that have no manifest yet."""
+    left_bytes: int = 0
+    rate: int = 0
+    """Bytes a second of late."""
+    seconds_left: int | None = None
+    """At this rate; None while nothing moves."""
+    current: list[HashedFileReport] = []
+    problems: list[str] = []
+
+
+class VerifyingReport(msgspec.Struct, frozen=True, kw_only=True):
+    """A run of the scrub under way, of a command or by schedule."""
+
+    what: str
+    """A sector file, or paths."""
+    file: str
+    """The sector file that is looked at."""
+    files: int
+    """Sector files looked at."""
+    done: int
+    """Bytes."""
+    size: int | None
+    """Bytes in all; None while that is counted."""
+    rate: float
+    """Bytes a second."""
+    left: float | None
+    """Seconds."""
+    found: int
+    """Files that are not well."""
+
+
+class ScrubReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of the files of a storage path of this node, by its scrub."""
+
+    storage: str
+    path: str
+    begun: str | None
+    """When the pass began that goes on, or can be gone on with."""
+    files: int
+    """Sector files of it."""
+    bytes: int
+    stopped: str | None
+    """Why it does not go on."""
+    ended: str | None
+    """When the last whole pass did."""
+    states: dict[str, int]
+    """Regular files by what that pass found."""
+    findings: list[Told]
+    """Files that were not well when they were looked at last; the first few."""
+    more: int
+    """How many more there are."""
+
+
 class StatusReport(msgspec.Struct, kw_only=True):
     """A node, as `status` shows it."""
 
@@ -163,6 +234,7 @@ class StatusReport(msgspec.Struct, kw_only=True):
     files: FilesReport
     fetches: list[FetchReport]
     scans: list[ScanReport]
+    hashing: HashReport
     problems: list[str]
     """What an operator should look at, one line each."""
 

@@ -15,6 +15,7 @@ from sectorfs.node import reports
 from sectorfs.node.admin import LocalAdmin, PathSettings
 from sectorfs.node.caching import CachingClient
 from sectorfs.node.forget import DetachReport
+from sectorfs.node.hashing import HashingClient
 from sectorfs.node.moves import MovesClient
 from sectorfs.node.settings import SettingsReport
 from sectorfs.stores.keeper import ScanCounts
@@ -119,6 +120,7 @@ class NodeClient:
         self._last_id = 0
         self.moves = MovesClient(url, lambda _, body, patience: post(body, patience))
         self.caching = CachingClient(self._call)
+        self.hashing = HashingClient(self._call)
 
     async def status(self) -> reports.StatusReport:
         """What the node does now."""

@@ -18,13 +18,18 @@ from sectorfs.index.catalog import Catalog, FileChange
 from sectorfs.index.feed import Feed
 from sectorfs.node import reports
 from sectorfs.node.admin import LocalAdmin
+from sectorfs.node.hashing import hash_report
 from sectorfs.node.repo import Repo
 from sectorfs.stores.cache import CacheKeeper
+from sectorfs.stores.hasher import Hasher
 from sectorfs.stores.local import LocalStore
 from sectorfs.stores.remote import RemoteStore
 from sectorfs.types import StorageID
 
 log = logging.getLogger(__name__)
+
+MANY_PROBLEMS = 20
+"""Problems of one kind that are shown; `sectorfs hash status` has all."""
 
 
 class Node:
@@ -42,6 +47,7 @@ class Node:
         store: RemoteStore,
         keeper: CacheKeeper,
         admin: LocalAdmin,
+        hasher: Hasher,
     ) -> None:
         self.repo = repo
         self.config = config
@@ -52,6 +58,7 @@ class Node:
         self.store = store
         self.keeper = keeper
         self.admin = admin
+        self.hasher = hasher
         self.operations: SectorOperations | None = None
         self.mount: Mount | None = None
 
@@ -61,7 +68,8 @@ class Node:
         return self.operations.handles if self.operations is not None else None
 
     def on_change(self, changes: Sequence[FileChange]) -> None:
-        """The catalog changed: tell the kernel."""
+        """The catalog changed: tell the kernel, and whoever hashes what is new."""
+        self.hasher.changed(changes)
         if self.operations is not None:
             self.operations.changed(changes)
 
@@ -86,6 +94,8 @@ class Node:
         problems += self._waiting_with_their_disk()
         if self.keeper.trouble:
             problems.append(f"the cache path: {self.keeper.trouble}")
+        hashing = hash_report(self.hasher.status())
+        problems += [f"hashing: {problem}" for problem in hashing.problems[:MANY_PROBLEMS]]
         return reports.StatusReport(
             running=True,
             version=__version__,
@@ -113,6 +123,7 @@ class Node:
                 for fetch in self.store.fetches()
             ],
             scans=await self.admin.scans(),
+            hashing=hashing,
             problems=problems,
         )
 

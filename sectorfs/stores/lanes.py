@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import threading
 from collections import deque
@@ -57,6 +58,8 @@ class Lane:
         self.deadline = deadline
         self.patience = deadline * PATIENT_WRITES if patience is None else patience
         """Seconds after which a call of `finish` is given up."""
+        self.used_at = -math.inf
+        """When somebody last began a call that was not in the background."""
         self.pulse = Pulse(thing, ask, deadline=deadline)
         """Whether the disk answers at all; `ask` asks it, where `thing` is no path on it."""
         self._limiter = trio.CapacityLimiter(width)
@@ -71,15 +74,24 @@ class Lane:
         return self._limiter.borrowed_tokens + len(self._shared)
 
     async def run(
-        self, call: Callable[[], T], *, what: str, discard: Callable[[T], object] | None = None
+        self,
+        call: Callable[[], T],
+        *,
+        what: str,
+        discard: Callable[[T], object] | None = None,
+        background: bool = False,
     ) -> T:
         """Run `call` in a thread; an `OSError` is translated by `errors.from_os`.
+
+        What runs in the `background` steps back while anybody else uses the lane: see `used_at`.
 
         `StorageUnavailable` at the deadline, and at once while the disk is silent. A call given up
         (deadline, cancellation) may still finish later: `discard` then gets its result, so that a
         late `os.open` leaks nothing.
         """
         self.check()
+        if not background:
+            self.used_at = trio.current_time()
         with trio.move_on_after(self.deadline):
             return await self._result(await self._start(call, discard), what)
         raise self._no_answer(what)

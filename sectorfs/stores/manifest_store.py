@@ -23,7 +23,7 @@ from pathlib import Path
 
 import msgspec
 
-from sectorfs.errors import BadInput
+from sectorfs.errors import BadInput, DiskFull
 from sectorfs.stores import manifest
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.manifest import HEADER, Manifest
@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 SHARDS = 4096
 KEPT_OPEN = 64
 """Manifests kept open for the next small read of their files."""
+SPARE = 64 << 20
+"""Bytes of the repo's disk that manifests leave free: the Index may live there."""
 KNOWN_ABSENT = 4096
 """Files that are remembered to have no manifest, so that asking again costs nothing."""
 
@@ -131,6 +133,25 @@ class ManifestStore:
         return await self.lane.run(
             lambda: [self._digest_now(key) for key in keys], what="read digests"
         )
+
+    async def absent(self, keys: Sequence[Key]) -> list[Key]:
+        """Those that have no manifest."""
+        return await self.lane.run(
+            lambda: [key for key in keys if not os.path.exists(self.root / key.name)],
+            what="look for manifests",
+        )
+
+    async def require_room(self, key: Key) -> None:
+        """`DiskFull` when the repo's disk has no room for another manifest, and some to spare."""
+        needed = manifest.encoded_size(key.size) + SPARE
+
+        def call() -> None:
+            self.root.mkdir(parents=True, exist_ok=True)
+            found = os.statvfs(self.root)
+            if found.f_bavail * found.f_frsize < needed:
+                raise DiskFull("no room for manifests", self.root, "make room")
+
+        await self.lane.run(call, what="look for room for manifests")
 
     async def leaves(self, key: Key, blocks: Sequence[int]) -> bytes | None:
         """The leaf hashes of some blocks, one after the other; None where there is no manifest."""
