@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from sectorfs.wire import tokens
+from sectorfs.wire.messages import Limits
 from tests.cluster import Node, cluster
 from tests.cluster_fixtures import OLD_NS, configure, noise, put, rescan
 from tests.old_clients import (
@@ -442,6 +443,11 @@ def test_requests_one_after_the_other_keep_their_connection(site: Site, tmp_path
         assert not client.allocated(site.url(PARTIAL), PROOF, 0, 2032)
         assert client.stat(site.base, site.storage), number
     assert client.http.connections == 1
+
+
+def test_the_client_is_the_first_to_close_an_idle_connection() -> None:
+    """After 90 s. Go does not send a request again that met the end of its connection."""
+    assert Limits().idle > 90
 
 
 def test_requests_in_pieces_and_in_one_piece(site: Site) -> None:
