@@ -219,11 +219,12 @@ async def test_08_a_tar_without_a_file_is_not_a_whole_directory(tmp_path: Path) 
         with pytest.raises(SourceFailed, match="lacks sc-02-data-tree-c"):
             await fetch_directory(
                 PeerClient(client),
-                CacheSink(copies, CACHE),
+                CacheSink(copies, CACHE, late=False),
                 base,
                 CACHE,
                 expected=expected,
                 whole=False,
+                proof=None,
                 progress=lambda n: None,
             )
     assert not await copies.exists(CACHE)

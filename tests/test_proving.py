@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
+from sectorfs.errors import NoSource, WrongBytes
 from sectorfs.stores import streams
 from sectorfs.stores.blocks import BLOCK, PIECE
 from sectorfs.stores.protocol import OpenFile, StreamFile
 from sectorfs.types import Facts
 from tests.local_fixtures import put
 from tests.proving_fixtures import flipped, manifest_of, noise, prove
-from tests.test_remote import OLD_NS, SEALED, Peer, World, world
+from tests.test_remote import CACHE, OLD_NS, SEALED, Peer, World, read_all, world
 
 SIZE = 9 * BLOCK + 5 * PIECE + 777
 DATA = noise("sealed", SIZE)
@@ -101,3 +103,110 @@ async def test_no_reader_sees_a_wrong_bit(tmp_path: Path, bit: int) -> None:
         await w.store.fetch(SEALED)
         assert (w.cache / str(SEALED)).read_bytes() == DATA
         assert not bad.asked
+
+
+# --- fetched whole ---
+
+SMALL = DATA[: 3 * PIECE + 5]
+FILES = {"p_aux": noise("p", 64), "sc-02-data-tree-r-last.dat": SMALL, "t_aux": noise("t", 700)}
+
+
+async def held_directory(
+    w: World, peer: Peer, *, proved: bool = True, gives: dict[str, bytes] | None = None
+) -> Facts:
+    """The same of a directory."""
+    path = put(peer.root, CACHE, FILES)
+    _settle(path)
+    facts = await prove(w, peer, CACHE, FILES, keep=proved)
+    for name, data in (gives or {}).items():
+        (path / name).write_bytes(data)
+    _settle(path)
+    return facts
+
+
+def _settle(path: Path) -> None:
+    for one in (*path.iterdir(), path):
+        os.utime(one, ns=(OLD_NS, OLD_NS))
+
+
+async def test_a_small_file_is_proved_by_its_digest_alone(tmp_path: Path) -> None:
+    async with world(tmp_path, "a", "b") as w:
+        bad, good = w.peers.values()
+        await held(w, bad, SMALL, gives=flipped(SMALL, 77))
+        facts = await held(w, good, SMALL, mtime_ns=OLDER_NS)
+        assert await w.read() == SMALL
+        assert bad.asked == good.asked == [f"GET /{SEALED}"]
+        [bar] = w.store.bars()
+        assert bar.source.storage == bad.storage
+        await w.until_declared(SEALED, msgspec.structs.replace(facts, mtime_ns=OLD_NS))
+
+
+async def test_what_nobody_can_give_right_is_an_error_with_every_cause(tmp_path: Path) -> None:
+    async with world(tmp_path, "a", "b") as w:
+        for number, peer in enumerate(w.peers.values()):
+            await held(w, peer, SMALL, gives=flipped(SMALL, number))
+        with pytest.raises(NoSource) as caught:
+            await w.store.open(SEALED)
+        assert len(caught.value.causes) == 2
+        for peer, cause in zip(w.peers.values(), caught.value.causes, strict=True):
+            assert peer.url in str(cause)
+            assert isinstance(cause, WrongBytes)
+        assert w.fetching() == []
+        assert not (w.cache / str(SEALED)).exists()
+
+
+async def test_the_files_of_a_directory_are_proved_by_its_roll(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        [peer] = w.peers.values()
+        facts = await held_directory(w, peer)
+        for name, data in FILES.items():
+            assert await w.read(CACHE, name) == data
+        assert len([line for line in peer.asked if line.endswith("/manifest")]) == 1
+        await w.until_declared(CACHE, facts)
+
+
+async def test_a_wrong_file_of_a_directory_is_had_from_the_next(tmp_path: Path) -> None:
+    async with world(tmp_path, "a", "b") as w:
+        bad, good = w.peers.values()
+        await held_directory(w, bad, gives={"t_aux": flipped(FILES["t_aux"], 9)})
+        await held_directory(w, good)
+        for name, data in FILES.items():
+            assert await w.read(CACHE, name) == data
+        assert [bar.file for bar in w.store.bars()] == [CACHE]
+
+
+async def test_without_a_manifest_the_whole_is_fetched_and_proved(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        [peer] = w.peers.values()
+        facts = await held(w, peer, DATA, proved=False)
+        found = await w.store.open(SEALED)
+        assert isinstance(found, OpenFile)
+        assert read_all(found) == DATA
+        await w.until_declared(SEALED, facts)
+
+
+async def test_without_a_manifest_wrong_bytes_are_never_shown(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        [peer] = w.peers.values()
+        await held(w, peer, DATA, proved=False, gives=flipped(DATA, 8 * SIZE - 1))
+        with pytest.raises(NoSource, match="wrong bytes"):
+            await w.store.open(SEALED)
+        peer.asked.clear()
+        with pytest.raises(NoSource, match="not asked for all of it again"):
+            await w.store.open(SEALED)
+        assert peer.asked.count(f"GET /{SEALED}") == 1, "its first bytes, and not all of it"
+
+
+@pytest.mark.parametrize("right", [True, False])
+async def test_without_a_roll_a_directory_is_proved_as_a_whole(tmp_path: Path, right: bool) -> None:
+    async with world(tmp_path) as w:
+        [peer] = w.peers.values()
+        wrong = {} if right else {"t_aux": flipped(FILES["t_aux"], 9)}
+        facts = await held_directory(w, peer, proved=False, gives=wrong)
+        if right:
+            assert await w.read(CACHE, "p_aux") == FILES["p_aux"]
+            await w.until_declared(CACHE, facts)
+        else:
+            with pytest.raises(NoSource, match="wrong bytes of a file"):
+                await w.store.open(CACHE, "p_aux")
+            assert w.fetching() == []

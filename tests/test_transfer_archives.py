@@ -74,11 +74,12 @@ class Receiver:
         steps: list[int] = []
         facts = await fetch_directory(
             self.peers,
-            CacheSink(self.copies, CACHE),
+            CacheSink(self.copies, CACHE, late=False),
             base,
             CACHE,
             expected=expected,
             whole=False,
+            proof=None,
             progress=steps.append,
         )
         assert steps == sorted(steps)
@@ -151,11 +152,12 @@ async def test_a_large_file_is_written_as_it_comes(
     async with foreign(Foreign(PATH, files)) as base, receiver(tmp_path) as it:
         await fetch_directory(
             it.peers,
-            CacheSink(it.copies, CACHE),
+            CacheSink(it.copies, CACHE, late=False),
             base,
             CACHE,
             expected=facts_of(files),
             whole=False,
+            proof=None,
             progress=steps.append,
         )
         assert it.received() == files

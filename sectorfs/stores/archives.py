@@ -27,6 +27,8 @@ from sectorfs.errors import SectorFSError, SourceFailed
 from sectorfs.metrics import FETCHED_BYTES, SOURCE_FAILURES
 from sectorfs.stores import layout
 from sectorfs.stores.copies import Copies, Partial
+from sectorfs.stores.directory_proof import DirectoryProof, whole_leaves
+from sectorfs.stores.proof import Tally
 from sectorfs.stores.tar_reader import Ending, MemberBegins, MemberData, MemberEnds, TarReader
 from sectorfs.stores.transfer import PeerClient
 from sectorfs.stores.writing import SteadyWrites
@@ -48,6 +50,9 @@ class Sink(Protocol):
     async def end(self, size: int, mtime_ns: int) -> None:
         """It is whole: keep it, with this time."""
 
+    async def over(self) -> None:
+        """All files came, and are what they should be."""
+
     async def give_up(self) -> None:
         """It will never be whole; there may be none."""
 
@@ -60,22 +65,27 @@ async def fetch_directory(
     *,
     expected: Facts | None,
     whole: bool,
+    proof: DirectoryProof | None,
     progress: Callable[[int], object],
 ) -> Facts:
     """Receive a directory's files; its facts, which are `expected` where that is given.
 
     `SourceFailed` unless all of it came; the files that did come stay in the sink. `whole`: nothing
-    may be missing that the source has.
+    may be missing that the source has. `WrongBytes` for files that are not what the `proof` says.
     """
     names = {member.name for member in expected.members or ()} if expected else None
     minimal = not whole and names is not None and names <= layout.MINIMAL.keys()
     try:
         async with peers.archive(base_url, file, minimal=minimal) as response:
-            arriving = _Arriving(sink, expected, response.url, progress)
+            arriving = _Arriving(sink, expected, proof, response.url, progress)
             try:
                 while (piece := await response.piece()) is not None:
                     await arriving.feed(piece)
-                return arriving.facts(whole=whole)
+                facts = arriving.facts(whole=whole)
+                if proof is not None:
+                    proof.over(response.url)
+                await sink.over()
+                return facts
             except BaseException:
                 await sink.give_up()
                 raise
@@ -88,10 +98,17 @@ class _Arriving:
     """One stream on its way to a sink."""
 
     def __init__(
-        self, sink: Sink, expected: Facts | None, url: str, progress: Callable[[int], object]
+        self,
+        sink: Sink,
+        expected: Facts | None,
+        proof: DirectoryProof | None,
+        url: str,
+        progress: Callable[[int], object],
     ) -> None:
         self._sink = sink
         self._expected = expected
+        self._proof = proof
+        self._tally = Tally(0)
         self._url = url
         self._progress = progress
         self._done = 0
@@ -108,15 +125,20 @@ class _Arriving:
         for event in self._reader.feed(piece):
             match event:
                 case MemberBegins(facts):
-                    await self._sink.begin(facts.name, self._wanted(facts).size)
+                    size = self._wanted(facts).size
+                    await self._sink.begin(facts.name, size)
+                    self._tally = Tally(size)
                     self._written = 0
                 case MemberData(data):
                     self._held += data
                     if len(self._held) >= _WRITE:
-                        await self._flush()
+                        held = len(self._held)
+                        await self._flush(whole_leaves(held) if self._proof else held)
                 case MemberEnds(facts):
-                    await self._flush()
+                    await self._flush(len(self._held))
                     wanted = self._wanted(facts)
+                    if self._proof is not None:
+                        self._proof.take(wanted.name, self._tally, self._url)
                     await self._sink.end(wanted.size, wanted.mtime_ns)
 
     def facts(self, *, whole: bool) -> Facts:
@@ -153,10 +175,14 @@ class _Arriving:
             )
         return wanted or came
 
-    async def _flush(self) -> None:
-        held, self._held = self._held, bytearray()
-        if not held:
+    async def _flush(self, count: int) -> None:
+        """Hand on the first of the bytes that are held."""
+        if not count:
             return
+        held = self._held[:count]
+        del self._held[:count]
+        if self._proof is not None:
+            await self._proof.add(self._tally, memoryview(held))
         await self._sink.write(memoryview(held), self._written)
         self._written += len(held)
         self._done += len(held)
@@ -165,13 +191,18 @@ class _Arriving:
 
 
 class CacheSink:
-    """Keeps files in the cache path, each of them readable as soon as it is whole."""
+    """Keeps files in the cache path, each of them readable as soon as it is whole.
 
-    def __init__(self, copies: Copies, file: SectorFile) -> None:
+    A `late` one shows none of them before all came.
+    """
+
+    def __init__(self, copies: Copies, file: SectorFile, *, late: bool) -> None:
         self._copies = copies
         self._file = file
+        self._late = late
         self._partial: Partial | None = None
         self._run: SteadyWrites | None = None
+        self._waiting: list[tuple[Partial, int, int]] = []
 
     async def begin(self, name: str, size: int) -> None:
         """See `Sink`."""
@@ -189,13 +220,26 @@ class CacheSink:
     async def end(self, size: int, mtime_ns: int) -> None:
         """See `Sink`."""
         assert self._partial is not None
-        await self._copies.commit(self._partial, size=size, mtime_ns=mtime_ns)
+        self._waiting.append((self._partial, size, mtime_ns))
         self._partial = None
+        if not self._late:
+            await self._commit()
+
+    async def over(self) -> None:
+        """See `Sink`."""
+        await self._commit()
 
     async def give_up(self) -> None:
         """See `Sink`."""
-        if self._partial is not None:
-            await self._copies.discard(self._partial)
+        partials = [partial for partial, _, _ in self._waiting]
+        for one in (*partials, *([self._partial] if self._partial is not None else ())):
+            await self._copies.discard(one)
+
+    async def _commit(self) -> None:
+        while self._waiting:
+            one, size, mtime_ns = self._waiting[0]
+            await self._copies.commit(one, size=size, mtime_ns=mtime_ns)
+            self._waiting.pop(0)
 
 
 class Nowhere:
@@ -208,6 +252,9 @@ class Nowhere:
         """See `Sink`."""
 
     async def end(self, size: int, mtime_ns: int) -> None:
+        """See `Sink`."""
+
+    async def over(self) -> None:
         """See `Sink`."""
 
     async def give_up(self) -> None:

@@ -17,6 +17,7 @@ import trio
 from sectorfs import metrics
 from sectorfs.errors import (
     DiskError,
+    NoProof,
     NotFound,
     SectorFSError,
     SourceFailed,
@@ -25,18 +26,22 @@ from sectorfs.errors import (
 from sectorfs.index.catalog import Catalog
 from sectorfs.index.content import facts_of
 from sectorfs.stores import sources
-from sectorfs.stores.archives import CacheSink, fetch_directory
 from sectorfs.stores.cache_room import CacheRoom
 from sectorfs.stores.copies import Copies
 from sectorfs.stores.fetch_rules import SMALL
 from sectorfs.stores.gates import Priority
 from sectorfs.stores.places import Places
+from sectorfs.stores.provers import Provers
 from sectorfs.stores.ranking import Ranking
 from sectorfs.stores.transfer import PeerClient
-from sectorfs.stores.writing import SteadyWrites
-from sectorfs.types import Facts, MemberFacts, SectorFile
+from sectorfs.stores.whole_fetches import WholeFetches
+from sectorfs.types import Facts, SectorFile
 
 log = logging.getLogger(__name__)
+
+
+WRONG_SECONDS = 900.0
+"""For so long a source that gave wrong bytes is not asked for the whole of a large file."""
 
 
 class Fetch(msgspec.Struct):
@@ -73,6 +78,7 @@ class Flights:
         catalog: Catalog,
         ranking: Ranking,
         peers: PeerClient,
+        provers: Provers,
         places: Places,
         copies: Copies,
         room: CacheRoom,
@@ -83,6 +89,8 @@ class Flights:
         self._catalog = catalog
         self._ranking = ranking
         self._peers = peers
+        self._provers = provers
+        self._whole = WholeFetches(catalog, peers, copies, provers)
         self._places = places
         self._copies = copies
         self._room = room
@@ -158,10 +166,19 @@ class Flights:
         entry = self._catalog.entry(file)
         if entry is None:
             return [NotFound("no storage declares it any more", file)]
+        try:
+            digest = await self._provers.digest_of(file, member, entry.facts)
+        except NoProof as exc:
+            failed.update(exc.failed)
+            return await self._fetch_beside(flight, [exc])
         for source in self._ranking.of(entry)[1]:
+            barred = self._barred(source, flight, entry.facts)
+            if barred:
+                causes.append(SourceFailed(f"{barred}; not asked for all of it again", source.url))
+                continue
             flight.fetch.source, flight.fetch.done = source.url, 0
             try:
-                await self._fetch_from(source, flight, entry.facts)
+                await self._fetch_from(source, flight, entry.facts, digest)
             except (DiskError, StorageUnavailable) as exc:
                 causes.append(exc)  # our own disk: no source would help
                 failed.clear()
@@ -182,6 +199,14 @@ class Flights:
                 return await self._fetch_beside(flight, causes)
         return causes or [SourceFailed("no peer serves it", file)]
 
+    def _barred(self, source: sources.PeerSource, flight: Flight, facts: Facts | None) -> str:
+        """Why all of a large file is not got again from who gave it wrong just now; else empty."""
+        if facts is None or not facts.digest or facts.size <= SMALL:
+            return ""
+        bar = self._ranking.bar(flight.fetch.file, source)
+        recent = bar is not None and trio.current_time() - bar.at < WRONG_SECONDS
+        return bar.text if bar is not None and recent else ""
+
     async def _fetch_beside(
         self, flight: Flight, causes: list[SectorFSError]
     ) -> list[SectorFSError] | None:
@@ -193,7 +218,7 @@ class Flights:
         return None
 
     async def _fetch_from(
-        self, source: sources.PeerSource, flight: Flight, facts: Facts | None
+        self, source: sources.PeerSource, flight: Flight, facts: Facts | None, digest: bytes
     ) -> None:
         file, member = flight.fetch.file, flight.fetch.member
         if file.file_type.is_directory and member is None:
@@ -206,13 +231,17 @@ class Flights:
         if wanted is None:
             raise NotFound(f"has no file {member!r}", file)
         flight.fetch.size = wanted.size
+
+        def progress(done: int) -> None:
+            flight.fetch.done = done
+
         # Somebody waits for each of them, but large ones must leave places to readers.
         priority = Priority.READ if wanted.size <= SMALL else Priority.AHEAD
         async with (
             self._places.place(source, priority),
             self._room.reserve(file, member, wanted.size, needed=True),
         ):
-            await self._receive(source, flight, wanted)
+            await self._whole.file(source, file, wanted, digest, progress)
         flight.facts = facts
 
     async def _receive_directory(
@@ -228,40 +257,4 @@ class Flights:
             self._places.place(source, Priority.AHEAD),
             self._room.reserve(file, None, size, needed=True),
         ):
-            return await fetch_directory(
-                self._peers,
-                CacheSink(self._copies, file),
-                source.url,
-                file,
-                expected=facts,
-                whole=False,
-                progress=progress,
-            )
-
-    async def _receive(
-        self, source: sources.PeerSource, flight: Flight, wanted: MemberFacts
-    ) -> None:
-        file, member = flight.fetch.file, flight.fetch.member
-
-        def progress(done: int) -> None:
-            flight.fetch.done = done
-            run.wrote(done)
-
-        told = facts_of(self._catalog.declared(file, source.storage), member)
-        partial = await self._copies.begin(file, member, wanted.size)
-        run = SteadyWrites(self._copies.write, partial.descriptor)
-        try:
-            await self._peers.fetch(
-                source.url,
-                file,
-                member,
-                partial.descriptor,
-                size=wanted.size,
-                mtime_ns=told.mtime_ns if told else None,
-                run=run,
-                progress=progress,
-            )
-            await self._copies.commit(partial, size=wanted.size, mtime_ns=wanted.mtime_ns)
-        except BaseException:
-            await self._copies.discard(partial)
-            raise
+            return await self._whole.directory(source, file, facts, progress)

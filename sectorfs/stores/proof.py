@@ -218,9 +218,13 @@ class Tally:
     def __call__(self, view: memoryview) -> int:
         """Take the next bytes, as far as they are whole leaves."""
         ready = _whole(view, self._size - self._done)
-        self._hashes.append(leaf_hashes(view[:ready]))
-        self._done += ready
+        self.add(leaf_hashes(view[:ready]), ready)
         return ready
+
+    def add(self, hashes: bytes, count: int) -> None:
+        """The next bytes have these leaf hashes."""
+        self._hashes.append(hashes)
+        self._done += count
 
     def manifest(self) -> Manifest:
         """Of all that came, which must be all there is."""

@@ -219,6 +219,25 @@ class Prover:
 
     # --- the whole ---
 
+    async def own_digest(self) -> bytes:
+        """The digest of this very file."""
+        subject = self.subject
+        if subject.member is None:
+            await trio.lowlevel.checkpoint()
+            return subject.digest
+        entry = (await self.roll()).entry(subject.member)
+        assert entry is not None  # `_ask_roll` saw it
+        return entry.digest
+
+    async def roll(self) -> Roll:
+        """What all files of the directory must be."""
+        subject = self.subject
+        roll = self._proving.roll(subject.file, subject.digest)
+        if roll is None:
+            roll = await self._from_any(self._ask_roll)
+            self._proving.learn(subject.file, subject.digest, roll)
+        return roll
+
     async def manifest(self) -> Manifest:
         """The whole manifest; what is lacking of it is asked for."""
         self.keep_all()
@@ -260,7 +279,7 @@ class Prover:
     async def _find_outline(self) -> Proof:
         subject = self.subject
         if self._proof is None:
-            digest = await self._own_digest()
+            digest = await self.own_digest()
             self._proof = Proof(subject.name, subject.size, digest, self._proving.memory)
             self._proof.keeps_all = self._keeps_all
         proof = self._proof
@@ -274,18 +293,6 @@ class Prover:
         if self._closed:
             self._proving.memory.leaves(proof)
         return proof
-
-    async def _own_digest(self) -> bytes:
-        subject = self.subject
-        if subject.member is None:
-            return subject.digest
-        roll = self._proving.roll(subject.file, subject.digest)
-        if roll is None:
-            roll = await self._from_any(self._ask_roll)
-            self._proving.learn(subject.file, subject.digest, roll)
-        entry = roll.entry(subject.member)
-        assert entry is not None  # `_ask_roll` saw it
-        return entry.digest
 
     async def _ask_roll(self, source: PeerSource) -> Roll:
         subject = self.subject

@@ -8,14 +8,15 @@ from functools import partial
 
 import msgspec
 
-from sectorfs.errors import SectorFSError
+from sectorfs.errors import NoProof, SectorFSError
 from sectorfs.index.catalog import Catalog
 from sectorfs.stores.carriers import PeerManifests
+from sectorfs.stores.directory_proof import DirectoryProof
 from sectorfs.stores.manifest import Manifest
 from sectorfs.stores.manifest_store import Key, ManifestStore
 from sectorfs.stores.places import Places
 from sectorfs.stores.prover import Prover, Proving, Subject
-from sectorfs.stores.rolls import make_roll
+from sectorfs.stores.rolls import Roll, make_roll
 from sectorfs.stores.sessions import Wanted
 from sectorfs.stores.sources import PeerSource
 from sectorfs.stores.transfer import PeerClient
@@ -73,6 +74,28 @@ class Provers:
             sources=lambda: self._sources(file),
             failed=partial(self._failed, file),
         )
+
+    async def digest_of(self, file: SectorFile, member: str | None, facts: Facts | None) -> bytes:
+        """The digest of a regular file, or one of a directory; empty while nobody told any.
+
+        `NoProof` when nobody has that of one file of a directory.
+        """
+        if file.file_type.is_directory and member is None:
+            return b""
+        prover = self.prover(file, member, facts, 0)
+        return await prover.own_digest() if prover is not None else b""
+
+    async def directory(self, file: SectorFile, facts: Facts | None) -> DirectoryProof | None:
+        """What proves a whole directory; None while nobody told its digest."""
+        prover = self.prover(file, None, facts, 0)
+        if prover is None:
+            return None
+        roll: Roll | None = None
+        try:
+            roll = await prover.roll()
+        except NoProof as exc:
+            log.info("%s: proved by its digest alone: %s", file, exc)
+        return DirectoryProof(str(file), prover.subject.digest, roll, self._proving.hash)
 
     def known_digest(self, file: SectorFile, member: str, digest: bytes) -> bytes:
         """That of a file of a directory with this digest; empty while it was not asked for."""

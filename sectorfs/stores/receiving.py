@@ -113,6 +113,7 @@ class Receiver:
                     *(self._peers, Nowhere(), url, file),
                     expected=None,
                     whole=True,
+                    proof=None,
                     progress=_ignore,
                 )
                 return Origin(url=url, facts=facts, ours=False)
@@ -223,6 +224,7 @@ class Receiver:
                     *(self._peers, _IncomingSink(incoming, lane), url, file),
                     expected=declared,
                     whole=whole,
+                    proof=None,
                     progress=progress,
                 )
                 await incoming.commit(facts.mtime_ns)
@@ -258,6 +260,9 @@ class _IncomingSink:
         assert self._writer is not None
         await self._incoming.end(self._writer, size, mtime_ns)
         self._writer.close()
+
+    async def over(self) -> None:
+        """See `Sink`."""
 
     async def give_up(self) -> None:
         """See `Sink`."""

@@ -122,6 +122,7 @@ class RemoteStore:
             catalog=catalog,
             ranking=self._ranking,
             peers=peers,
+            provers=self._provers,
             places=self._places,
             copies=copies,
             room=room,

@@ -231,6 +231,7 @@ class PeerClient:
         mtime_ns: int | None,
         run: Runner,
         progress: Callable[[int], object] | None = None,
+        sieve: Sieve | None = None,
     ) -> None:
         """Write a whole file of `size` bytes to the start of `descriptor`.
 
@@ -244,7 +245,9 @@ class PeerClient:
                 await _expect(response, 200)
                 _expect_octets(response)
                 _expect_time(response, mtime_ns)
-                await response.save(descriptor, offset=0, length=size, run=run, progress=progress)
+                await response.save(
+                    descriptor, offset=0, length=size, run=run, progress=progress, sieve=sieve
+                )
         except SectorFSError:
             SOURCE_FAILURES.inc()
             raise
