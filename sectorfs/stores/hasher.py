@@ -30,7 +30,7 @@ from sectorfs.types import SectorFile, StorageID
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY = 5.0
+LOOK_EVERY = 1.0
 """Seconds between two looks at which paths are attached."""
 SWEEP_EVERY = 86_400.0
 MANY = 1000
@@ -43,7 +43,8 @@ class HashStatus(msgspec.Struct, frozen=True, kw_only=True):
     """How far the hashing of a node's files is."""
 
     state: State
-    """``waiting``: for readers, a disk or the Index; ``idle``: there is nothing left."""
+    """``waiting``: for readers, a disk or the Index, or for the delay after the node's start;
+    ``idle``: there is nothing left."""
     left_files: int
     left_bytes: int
     rate: float
@@ -162,7 +163,8 @@ class Hasher:
             return "paused"
         if any(one.current is not None and not one.pace.waits for one in hashers):
             return "hashing"
-        return "waiting" if files else "idle"
+        counted = len(hashers) == len(self._paths()) and all(one.counted for one in hashers)
+        return "idle" if counted and not files else "waiting"
 
 
 async def _run(hasher: PathHasher, scope: trio.CancelScope) -> None:

@@ -92,6 +92,8 @@ class PathHasher:
         """Why nothing is hashed now, besides a pause; empty while all is well."""
         self.bad: dict[SectorFile, str] = {}
         """Files with other bytes than their digest says, or that cannot be read."""
+        self.counted = False
+        """It is known what is left."""
         self.pace = PathPace(shared.pace, path.lane)
         self._shared = shared
         self._backlog: deque[SectorFile] = deque()
@@ -186,6 +188,7 @@ class PathHasher:
                     left.size += facts.size
             await trio.lowlevel.checkpoint()
         self._tell_left(left)
+        self.counted = True
         return True
 
     async def _look_on(self) -> None:

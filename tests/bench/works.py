@@ -5,7 +5,7 @@ Every figure is a rate: more is better.
 
 from __future__ import annotations
 
-from tests.bench import codecs, local, remote, requests, scale, streams
+from tests.bench import codecs, hashing, local, remote, requests, scale, streams
 from tests.bench.runner import Work
 from tests.bench.stage import Stage
 
@@ -15,5 +15,6 @@ WORKS: tuple[Work[Stage], ...] = (
     *requests.WORKS,
     *streams.WORKS,
     *codecs.WORKS,
+    *hashing.WORKS,
     *scale.WORKS,
 )
