@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from sectorfs.errors import NoRanges, NotFound, SourceFailed, Unauthorized, Unreachable
+from sectorfs.stores.answers import MTIME_HEADER, Version
 from sectorfs.stores.lanes import Descriptor, Lane
 from sectorfs.stores.node_kinds import NodeKind, NodeKinds
-from sectorfs.stores.transfer import MTIME_HEADER, PeerClient, Version
+from sectorfs.stores.transfer import PeerClient
 from sectorfs.types import Facts, FileType, SectorFile, SectorID
 from sectorfs.wire import tokens
 from sectorfs.wire.client import Client

@@ -15,10 +15,11 @@ import pytest
 from sectorfs.errors import NotFound, SectorFSError, WrongBytes
 from sectorfs.server.routes import make_handler
 from sectorfs.stores import manifest
+from sectorfs.stores.answers import LEAVES_HEADER
 from sectorfs.stores.manifest import BLOCK, HEADER, LEAF, Manifest
 from sectorfs.stores.manifest_store import Key, ManifestStore
 from sectorfs.stores.rolls import make_roll
-from sectorfs.stores.transfer import LEAVES_HEADER, PeerClient
+from sectorfs.stores.transfer import PeerClient
 from sectorfs.types import FileType, SectorFile, SectorID
 from sectorfs.wire.client import Client
 from sectorfs.wire.multipart import boundary_of, parts

@@ -25,6 +25,7 @@ from sectorfs.errors import (
 )
 from sectorfs.stores import arrivals
 from sectorfs.stores import stream as stream_module
+from sectorfs.stores.answers import Version
 from sectorfs.stores.arrivals import Arrivals, Memory
 from sectorfs.stores.blocks import PIECE, Identity, PartialFile
 from sectorfs.stores.gates import Gate, Priority
@@ -32,7 +33,6 @@ from sectorfs.stores.lanes import Descriptor, Lane
 from sectorfs.stores.prover import Prover
 from sectorfs.stores.sources import PeerSource
 from sectorfs.stores.stream import BULK, Stream
-from sectorfs.stores.transfer import Version
 from sectorfs.stores.windows import Window
 from sectorfs.types import StorageID
 from tests.local_fixtures import until

@@ -10,8 +10,9 @@ import pytest
 import trio
 
 from sectorfs.errors import NoRanges, SectorFSError, SourceFailed, Stale, TimedOut, Unreachable
+from sectorfs.stores.answers import Version
 from sectorfs.stores.lanes import Lane
-from sectorfs.stores.transfer import PeerClient, Version
+from sectorfs.stores.transfer import PeerClient
 from sectorfs.wire.client import Client
 from tests.test_transfer import CACHE, SEALED, answer, asking, our_node, target
 from tests.wire_fixtures import PATIENT, fds_return_to, open_fds, peer, read_request

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 from sectorfs.errors import BadRange
 from sectorfs.server.conditions import Validators, precondition
+from sectorfs.stores.answers import MTIME_HEADER
 from sectorfs.stores.protocol import SectorDirectory
 from sectorfs.stores.tar_writer import CONTENT_TYPE, FilePart, TarWriter
-from sectorfs.stores.transfer import MTIME_HEADER
 from sectorfs.wire.messages import FileBody, LateFile, PartedBody, Reply, Request
 
 

@@ -12,10 +12,10 @@ import base64
 import logging
 
 from sectorfs.errors import SectorFSError
+from sectorfs.stores.answers import LEAVES_HEADER
 from sectorfs.stores.manifest import edge_blocks
 from sectorfs.stores.manifest_store import Key, ManifestStore
 from sectorfs.stores.regular import Excerpt, Spans
-from sectorfs.stores.transfer import LEAVES_HEADER
 from sectorfs.types import SectorFile
 from sectorfs.wire.messages import Request
 

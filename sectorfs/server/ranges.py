@@ -12,9 +12,9 @@ import trio
 
 from sectorfs.errors import BadRange, SourceFailed
 from sectorfs.server.conditions import byte_ranges, precondition, validators
+from sectorfs.stores.answers import LEAVES_HEADER, MTIME_HEADER
 from sectorfs.stores.protocol import OpenFile
 from sectorfs.stores.regular import Excerpt, Spans
-from sectorfs.stores.transfer import LEAVES_HEADER, MTIME_HEADER
 from sectorfs.wire.messages import FileBody, LateFile, PartedBody, Reply, Request, error_reply
 
 OCTETS = "application/octet-stream"

@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from functools import partial
 
 from sectorfs.errors import SectorFSError
+from sectorfs.stores.answers import Version
 from sectorfs.stores.gates import Priority
 from sectorfs.stores.lanes import Descriptor, Lane
 from sectorfs.stores.manifest import Outline
@@ -14,7 +15,7 @@ from sectorfs.stores.places import Places
 from sectorfs.stores.prover import Piece, Prover
 from sectorfs.stores.rolls import Roll
 from sectorfs.stores.sources import PeerSource
-from sectorfs.stores.transfer import PeerClient, Version
+from sectorfs.stores.transfer import PeerClient
 from sectorfs.types import SectorFile
 
 

@@ -34,6 +34,7 @@ from sectorfs.index.catalog import Catalog, Entry
 from sectorfs.index.content import facts_of
 from sectorfs.index.protocol import SectorIndex
 from sectorfs.stores.announcer import Announcer
+from sectorfs.stores.answers import Version
 from sectorfs.stores.bars import Bar
 from sectorfs.stores.cache import CacheKeeper
 from sectorfs.stores.cache_room import CacheRoom
@@ -52,7 +53,7 @@ from sectorfs.stores.sessions import Surroundings, Wanted
 from sectorfs.stores.sources import PeerSource
 from sectorfs.stores.space_ledger import SpaceLedger
 from sectorfs.stores.streams import Streams
-from sectorfs.stores.transfer import PeerClient, Version
+from sectorfs.stores.transfer import PeerClient
 from sectorfs.types import Facts, MemberFacts, SectorFile
 
 log = logging.getLogger(__name__)

@@ -34,6 +34,7 @@ from sectorfs.errors import (
     Stale,
     StorageUnavailable,
 )
+from sectorfs.stores.answers import Version
 from sectorfs.stores.arrivals import Arrivals
 from sectorfs.stores.blocks import BLOCK, PIECE, Identity
 from sectorfs.stores.gates import Priority
@@ -41,7 +42,6 @@ from sectorfs.stores.intervals import Intervals
 from sectorfs.stores.lanes import Descriptor
 from sectorfs.stores.prover import Prover
 from sectorfs.stores.sources import PeerSource
-from sectorfs.stores.transfer import Version
 from sectorfs.stores.windows import Window
 
 log = logging.getLogger(__name__)

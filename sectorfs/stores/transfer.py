@@ -1,6 +1,6 @@
 """The client half of the peer protocol: space, facts, whole files and ranges from other nodes.
 
-Every answer is checked before it is believed: status, type, length, range, names. What a peer
+Every answer is checked before it is believed (`answers`). What a peer
 cannot give or says wrongly is an error of the family that names the URL, so that the caller can go
 on to the next source. lotus and Curio nodes have neither HEAD nor listings; the size of a file is
 then read off a range of one byte, and a directory comes as one tar stream (`archives`).
@@ -8,19 +8,15 @@ then read off a range of one byte, and a directory comes as one tar stream (`arc
 
 from __future__ import annotations
 
-import base64
 import math
-import re
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
     asynccontextmanager,
     contextmanager,
 )
-from email.utils import parsedate_to_datetime
 from functools import partial
-from typing import Annotated, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import msgspec
@@ -28,42 +24,47 @@ import trio
 
 from sectorfs.errors import (
     BadInput,
-    Forbidden,
     NoRanges,
     NotFound,
     Refused,
     SectorFSError,
     SourceFailed,
-    Stale,
     TimedOut,
-    TooLarge,
-    Unauthorized,
-    Unreachable,
     WrongBytes,
 )
-from sectorfs.index.content import same_mtime
 from sectorfs.index.protocol import FsStat
 from sectorfs.metrics import FETCHED_BYTES, SOURCE_FAILURES
+from sectorfs.stores.answers import (
+    LEAVES_HEADER,
+    MTIME_HEADER,
+    Version,
+    content_range,
+    deliver_parts,
+    error_text,
+    expect_octets,
+    expect_ranges,
+    expect_status,
+    expect_time,
+    expect_type,
+    listed_facts,
+    mtime_of,
+    span_version,
+    told_leaves,
+    told_space,
+)
 from sectorfs.stores.manifest import Outline, leaves_at, outline_size
 from sectorfs.stores.node_kinds import NodeKind, NodeKinds
 from sectorfs.stores.rolls import LIMIT as ROLL_LIMIT
 from sectorfs.stores.rolls import Roll, decode_roll
 from sectorfs.stores.tar_writer import CONTENT_TYPE
 from sectorfs.types import (
-    MAX_NUMBER,
     Facts,
-    MemberFacts,
     SectorFile,
     StorageID,
-    parse_member_name,
 )
 from sectorfs.wire.client import Client
 from sectorfs.wire.messages import Runner
-from sectorfs.wire.multipart import CONTENT_RANGE, boundary_of, parts
 from sectorfs.wire.response import Response, Sieve
-
-MTIME_HEADER = "sectorfs-mtime-ns"
-"""Last-Modified to the nanosecond, in answers of our nodes."""
 
 EXPECT_HEADER = "sectorfs-expect"
 """``<size>-<mtime in ns>`` in a request to remove a file: what is to be removed, and nothing else.
@@ -72,63 +73,13 @@ Sent to our nodes and passed over by others."""
 MOVED_HEADER = "sectorfs-moved-to"
 """The storage that a file was moved to, in a request to remove it where it was; likewise."""
 
-LEAVES_HEADER = "sectorfs-leaves"
-"""``1`` in a request for ranges: with leaf hashes, please; in the answer, or in each of its parts,
-those of the blocks that the range touches without covering them, in base64."""
-
 _WITH_LEAVES = ((LEAVES_HEADER, "1"),)
 _REMOVE_SECONDS = 300.0
 _STAT_LIMIT = 64 * 1024
 _LISTING_LIMIT = 16 * 1024 * 1024
-_ERROR_LIMIT = 4 * 1024
 _MAX_PEERS = 4096
 _SETTLE_SECONDS = 60.0
 _PART_OVERHEAD = 4096
-
-_Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_NUMBER)]
-_Time = Annotated[int, msgspec.Meta(ge=-MAX_NUMBER, le=MAX_NUMBER)]
-
-
-class _StatShape(msgspec.Struct, rename="pascal"):
-    """FsStat as lotus and Curio send it; old nodes send three of the fields."""
-
-    capacity: _Size = 0
-    available: Annotated[int, msgspec.Meta(ge=-MAX_NUMBER, le=MAX_NUMBER)] = 0
-    fs_available: _Size = msgspec.field(default=0, name="FSAvailable")
-    reserved: _Size = 0
-    max: _Size = 0
-    used: _Size = 0
-
-
-class _MemberShape(msgspec.Struct, rename="pascal"):
-    name: str
-    size: _Size
-    mtime_ns: _Time
-
-
-class _ListingShape(msgspec.Struct, rename="pascal"):
-    size: _Size
-    mtime_ns: _Time
-    files: list[_MemberShape] | None = None
-
-
-class Version(msgspec.Struct, frozen=True):
-    """What a source says of the content it gives."""
-
-    size: int
-    mtime_ns: int
-    """0 when it does not say."""
-    etag: str = ""
-
-    def agrees(self, other: Version) -> bool:
-        """True unless the two tell of different contents."""
-        return (
-            self.size == other.size
-            and (
-                not self.mtime_ns or not other.mtime_ns or same_mtime(self.mtime_ns, other.mtime_ns)
-            )
-            and (not self.etag or not other.etag or self.etag == other.etag)
-        )
 
 
 class Latency(msgspec.Struct, frozen=True):
@@ -173,9 +124,8 @@ class PeerClient:
     async def stat(self, base_url: str, storage: StorageID) -> FsStat:
         """Space of a storage that this peer serves."""
         async with self._ask("GET", _join(base_url, "stat", storage)) as response:
-            await _expect(response, 200)
-            shape = _decode(response, await response.read(_STAT_LIMIT), _StatShape)
-        return FsStat(**msgspec.structs.asdict(shape))
+            await expect_status(response, 200)
+            return told_space(response, await response.read(_STAT_LIMIT))
 
     async def facts(self, base_url: str, file: SectorFile) -> Facts:
         """Size and time of a file, and of each file in a sector directory."""
@@ -190,7 +140,7 @@ class PeerClient:
             return await self._told_by_range(url)
         async with self._ask("HEAD", url) as response:
             if response.status != 405:
-                await _expect(response, 200)
+                await expect_status(response, 200)
                 if response.length is None:
                     raise SourceFailed("HEAD gives no length", response.url)
                 return _of_answer(response, response.length)
@@ -203,22 +153,21 @@ class PeerClient:
         """
         async with self._ask("GET", url, (("range", "bytes=0-0"),)) as response:
             if response.status == 200:  # of an empty file, or ranges are passed over
-                _expect_octets(response)
+                expect_octets(response)
                 if response.length is None:
                     raise NoRanges("sends files whole, and does not say how long", response.url)
                 return _of_answer(response, response.length)
             if response.status != 416:
-                await _expect(response, 206)
-            _, total = _content_range(response)
+                await expect_status(response, 206)
+            _, total = content_range(response)
             if total is None:
                 raise SourceFailed("names no total size", response.url)
             return _of_answer(response, total)
 
     async def _listing(self, url: str) -> Facts:
         async with self._ask("GET", url) as response:
-            await _expect(response, 200)
-            shape = _decode(response, await response.read(_LISTING_LIMIT), _ListingShape)
-        return _listed(shape, url)
+            await expect_status(response, 200)
+            return listed_facts(response, await response.read(_LISTING_LIMIT))
 
     async def fetch(
         self,
@@ -242,9 +191,9 @@ class PeerClient:
         try:
             url = _file_url(base_url, file, member)
             async with self._ask("GET", url, bulk=True) as response:
-                await _expect(response, 200)
-                _expect_octets(response)
-                _expect_time(response, mtime_ns)
+                await expect_status(response, 200)
+                expect_octets(response)
+                expect_time(response, mtime_ns)
                 await response.save(
                     descriptor, offset=0, length=size, run=run, progress=progress, sieve=sieve
                 )
@@ -269,10 +218,10 @@ class PeerClient:
         """
         try:
             async with self._ask("GET", _file_url(base_url, file), bulk=True) as response:
-                await _expect(response, 200)
-                _expect_octets(response)
+                await expect_status(response, 200)
+                expect_octets(response)
                 size = await response.save_all(descriptor, limit=limit, run=run, progress=progress)
-                return Facts(size, _mtime_ns(response))
+                return Facts(size, mtime_of(response))
         except SectorFSError:
             SOURCE_FAILURES.inc()
             raise
@@ -286,9 +235,9 @@ class PeerClient:
         last = offset + size - 1
         url = _file_url(base_url, file, member)
         async with self._ask("GET", url, (("range", f"bytes={offset}-{last}"),)) as response:
-            await _expect(response, 206)
-            _expect_octets(response)
-            span, _ = _content_range(response)
+            await expect_status(response, 206)
+            expect_octets(response)
+            span, _ = content_range(response)
             if span != (offset, last):
                 raise SourceFailed(f"sends another range than {offset}-{last}", response.url)
             data = await response.read(size)
@@ -318,19 +267,19 @@ class PeerClient:
         url = _file_url(base_url, file, member)
         headers = (("range", f"bytes={text}"), *(_WITH_LEAVES if leaves else ()))
         async with self._ask("GET", url, headers) as response:
-            await _expect_ranges(response)
+            await expect_ranges(response)
             wanted = sum(end - start for start, end in spans)
             if len(spans) == 1:
-                version = _span_version(response, spans[0], expect)
+                version = span_version(response, spans[0], expect)
                 data = await response.read(wanted)
                 if len(data) != wanted:
                     raise SourceFailed(f"sent {len(data)} bytes instead of {wanted}", response.url)
                 self._received(url, wanted)
-                deliver(spans[0][0], data, _told(response.headers))
+                deliver(spans[0][0], data, told_leaves(response.headers))
                 return version
             body = await response.read(wanted + _PART_OVERHEAD * (len(spans) + 1))
             self._received(url, wanted)
-            return _deliver_parts(response, body, spans, expect, deliver)
+            return deliver_parts(response, body, spans, expect, deliver)
 
     async def receive(
         self,
@@ -353,8 +302,8 @@ class PeerClient:
         url = _file_url(base_url, file, member)
         headers = (("range", f"bytes={start}-{end - 1}"), *(_WITH_LEAVES if sieve else ()))
         async with self._ask("GET", url, headers, bulk=True) as response:
-            await _expect_ranges(response)
-            version = _span_version(response, span, expect)
+            await expect_ranges(response)
+            version = span_version(response, span, expect)
             save = partial(
                 response.save,
                 descriptor,
@@ -366,7 +315,7 @@ class PeerClient:
             if sieve is None:
                 await save()
             else:
-                async with sieve(_told(response.headers)) as made:
+                async with sieve(told_leaves(response.headers)) as made:
                     await save(sieve=made)
             return version
 
@@ -381,8 +330,8 @@ class PeerClient:
         start, end = span
         url = _manifest_url(base_url, file, member)
         async with self._ask("GET", url, (("range", f"bytes={start}-{end - 1}"),)) as response:
-            await _expect_ranges(response)
-            _span_version(response, span, None)
+            await expect_ranges(response)
+            span_version(response, span, None)
             data = await response.read(end - start)
         if len(data) != end - start:
             raise SourceFailed(f"sent {len(data)} bytes of a manifest", url)
@@ -432,7 +381,7 @@ class PeerClient:
         """Sizes and digests of the files of a directory, proved by its digest."""
         url = _manifest_url(base_url, file, None)
         async with self._ask("GET", url) as response:
-            await _expect(response, 200)
+            await expect_status(response, 200)
             data = await response.read(ROLL_LIMIT)
         with _proving(url):
             return decode_roll(data, digest)
@@ -448,10 +397,10 @@ class PeerClient:
         url = _file_url(base_url, file)
         url += _minimal(url) if minimal else ""
         async with self._ask("GET", url, bulk=True) as response:
-            await _expect(response, 200)
+            await expect_status(response, 200)
             if MTIME_HEADER in response.headers:
                 raise NotFound("the peer does not have a file of it", response.url)
-            _expect_type(response, CONTENT_TYPE)
+            expect_type(response, CONTENT_TYPE)
             yield response
 
     async def allocated(
@@ -462,7 +411,7 @@ class PeerClient:
         async with self._ask("GET", _join(_file_url(base_url, file), *names)) as response:
             if response.status == 416:
                 return False
-            await _expect(response, 200)
+            await expect_status(response, 200)
             return True
 
     async def remove(
@@ -492,8 +441,8 @@ class PeerClient:
             "DELETE", url, headers, patience=_REMOVE_SECONDS
         ) as response:
             if response.status == 409:
-                raise Refused(f"the peer keeps it{await _error_text(response)}", response.url)
-            await _expect(response, 200)
+                raise Refused(f"the peer keeps it{await error_text(response)}", response.url)
+            await expect_status(response, 200)
 
     @asynccontextmanager
     async def _ask(
@@ -570,162 +519,5 @@ def _minimal(url: str) -> str:
     return "&mincache=true" if urlsplit(url).query else "?mincache=true"
 
 
-async def _expect(response: Response, status: int) -> None:
-    """Raise what an answer with another status means."""
-    if response.status == status:
-        return
-    detail = await _error_text(response)
-    if response.status == 404:
-        raise NotFound(f"the peer does not have it{detail}", response.url)
-    if response.status == 401:
-        hint = response.token_hint
-        raise Unauthorized(f"the peer refuses the token{detail}", response.url, hint)
-    if response.status == 403:
-        hint = response.token_hint
-        raise Forbidden(f"the token lacks a permission{detail}", response.url, hint)
-    raise SourceFailed(f"status {response.status} instead of {status}{detail}", response.url)
-
-
-async def _expect_ranges(response: Response) -> None:
-    """Raise what an answer to a request for ranges means, unless it has them."""
-    if response.status == 200:
-        raise NoRanges("sends the whole file instead of a range", response.url)
-    if response.status == 416:
-        raise Stale("the peer has a shorter file by now", response.url, "open the file again")
-    await _expect(response, 206)
-
-
-async def _error_text(response: Response) -> str:
-    """The first line of an error's body, if there is a readable one."""
-    try:
-        body = await response.read(_ERROR_LIMIT)
-    except (TooLarge, Unreachable):
-        return ""
-    lines = body.decode("utf-8", "replace").strip().splitlines()
-    if not lines or not lines[0].isprintable():
-        return ""
-    return f": {lines[0][:200]}"
-
-
-def _expect_octets(response: Response) -> None:
-    _expect_type(response, "application/octet-stream")
-
-
-def _expect_type(response: Response, wanted: str) -> None:
-    kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != wanted:
-        raise SourceFailed(f"unknown content type {kind[:80]!r}", response.url)
-
-
-def _content_range(response: Response) -> tuple[tuple[int, int] | None, int | None]:
-    """First and last byte (None for an unsatisfied range) and the total (None if unknown)."""
-    match = CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
-    if match is None:
-        raise SourceFailed("no valid Content-Range", response.url)
-    first, last, total = match.groups()
-    size = None if total == "*" else int(total)
-    if first is None:
-        return None, size
-    if int(last) < int(first) or (size is not None and int(last) >= size):
-        raise SourceFailed("a Content-Range that makes no sense", response.url)
-    return (int(first), int(last)), size
-
-
 def _of_answer(response: Response, size: int) -> Told:
-    return Told(Facts(size, _mtime_ns(response)), by_ours=MTIME_HEADER in response.headers)
-
-
-def _expect_time(response: Response, mtime_ns: int | None) -> None:
-    found = _mtime_ns(response)
-    if mtime_ns and found and not same_mtime(found, mtime_ns):
-        raise SourceFailed("gives another content than was declared", response.url)
-
-
-def _span_version(response: Response, span: tuple[int, int], expect: Version | None) -> Version:
-    """The version that an answer of one range is of, which must be the range asked for."""
-    _expect_octets(response)
-    found, total = _content_range(response)
-    if found != (span[0], span[1] - 1):
-        raise SourceFailed(f"sends another range than {span[0]}-{span[1] - 1}", response.url)
-    return _version(response, total, expect)
-
-
-def _version(response: Response, total: int | None, expect: Version | None) -> Version:
-    if total is None:
-        raise SourceFailed("names no total size", response.url)
-    found = Version(total, _mtime_ns(response), response.headers.get("etag", ""))
-    if expect is not None and not found.agrees(expect):
-        raise Stale("the peer gives another content by now", response.url, "open the file again")
-    return found
-
-
-def _deliver_parts(
-    response: Response,
-    body: bytes,
-    spans: Sequence[tuple[int, int]],
-    expect: Version | None,
-    deliver: Callable[[int, bytes, bytes], object],
-) -> Version:
-    """Take an answer of several ranges, which must be those asked for, apart."""
-    boundary = boundary_of(response.headers.get("content-type", ""))
-    if boundary is None:
-        raise SourceFailed("does not send several ranges at once", response.url)
-    try:
-        found = list(parts(body, boundary))
-    except ValueError as exc:
-        raise SourceFailed(f"its ranges cannot be read: {exc}", response.url) from exc
-    if [(part.start, part.end) for part in found] != list(spans):
-        raise SourceFailed("sends other ranges than were asked for", response.url)
-    totals = {part.total for part in found}
-    version = _version(response, totals.pop() if len(totals) == 1 else None, expect)
-    for part in found:
-        deliver(part.start, bytes(part.data), _told(part.headers))
-    return version
-
-
-def _told(headers: Mapping[str, str]) -> bytes:
-    """The leaf hashes in a header; none when there is none that can be read."""
-    try:
-        return base64.b64decode(headers.get(LEAVES_HEADER, ""), validate=True)
-    except ValueError:
-        return b""
-
-
-def _mtime_ns(response: Response) -> int:
-    """To the nanosecond from our nodes, to the second from others, else 0."""
-    exact = response.headers.get(MTIME_HEADER, "")
-    if re.fullmatch(r"-?[0-9]{1,19}", exact, re.ASCII):
-        return int(exact)
-    try:
-        return int(parsedate_to_datetime(response.headers["last-modified"]).timestamp()) * 10**9
-    except (KeyError, ValueError, OverflowError):
-        return 0
-
-
-_Shape = TypeVar("_Shape", _StatShape, _ListingShape)
-
-
-def _decode(response: Response, body: bytes, shape: type[_Shape]) -> _Shape:
-    try:
-        return msgspec.json.decode(body, type=shape)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise SourceFailed(f"not the JSON of this protocol: {exc}", response.url) from exc
-
-
-def _listed(shape: _ListingShape, url: str) -> Facts:
-    """A listing whose names are safe and unlike, in ascending order."""
-    if shape.files is None:
-        raise SourceFailed("the listing of a directory has no files", url)
-    members = {}
-    for entry in shape.files:
-        try:
-            name = parse_member_name(entry.name)
-        except ValueError as exc:
-            raise SourceFailed(str(exc), url) from exc
-        if name in members:
-            raise SourceFailed(f"lists {name} twice", url)
-        members[name] = MemberFacts(name, entry.size, entry.mtime_ns)
-    total = sum(member.size for member in members.values())
-    if total > MAX_NUMBER:
-        raise SourceFailed("lists sizes beyond reason", url)
-    return Facts(total, shape.mtime_ns, tuple(members[name] for name in sorted(members)))
+    return Told(Facts(size, mtime_of(response)), by_ours=MTIME_HEADER in response.headers)
