@@ -114,6 +114,16 @@ class CacheLimits(msgspec.Struct, frozen=True):
     """What the copies of this node may take."""
 
     max_size: int = 0
+def interval(text: str) -> float:
+    """``12h``, ``30d`` or ``8w`` in seconds, 0 for never; `ValueError` for what is none."""
+    if text.strip() in ("", "0"):
+        return 0.0
+    match = re.fullmatch(r"\s*([1-9][0-9]{0,4})\s*([hdw])\s*", text, re.ASCII)
+    if match is None:
+        raise ValueError(f"not a time: {text!r}, write for example 30d")
+    return int(match[1]) * {"h": 3600.0, "d": 86400.0, "w": 604800.0}[match[2]]
+
+
     """0 for no limit."""
     min_free: int = 0
     share: float = 0.0
@@ -190,6 +200,7 @@ class Config(_Section, frozen=True):
 
     def replace(self, **sections: dict[str, Any]) -> Config:
         """A copy with some keys changed, checked like the file: ``replace(node={"listen": …})``."""
+    scrub: ScrubConfig = ScrubConfig()
         data = msgspec.to_builtins(self)
         for section, values in sections.items():
             data[section].update(values)
@@ -244,12 +255,17 @@ def _checked(data: Any, origin: object) -> Config:
     ):
         try:
             rate_of(rate)
+        ("scrub.max_rate", config.scrub.max_rate),
         except ValueError as exc:
             raise BadConfig(f"{key}: {exc}", origin) from exc
     for storage in config.mount.passthrough_storages:
         try:
             parse_storage_id(storage)
         except ValueError as exc:
+    try:
+        interval(config.scrub.every)
+    except ValueError as exc:
+        raise BadConfig(f"scrub.every: {exc}", origin) from exc
             raise BadConfig(f"mount.passthrough_storages: {exc}", origin) from exc
     for key, names in (("mount.types", config.mount.types), ("fetch.policy", config.fetch.policy)):
         for name in names:

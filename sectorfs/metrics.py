@@ -50,6 +50,14 @@ STORAGE_AVAILABLE = Gauge("sectorfs_storage_available_bytes", "Room in a path", 
 SCAN_ODD_ENTRIES = Counter(
     "sectorfs_scan_odd_entries_total", "Entries of storage paths that are no sector files"
 )
+SCRUBBED_BYTES = Counter("sectorfs_scrubbed_bytes_total", "Bytes read to verify files")
+SCRUB_ENDED = Gauge(
+    "sectorfs_scrub_ended_seconds", "When the last whole scrub ended (Unix time)", ["storage"]
+)
+SCRUB_FINDINGS = Gauge(
+    "sectorfs_scrub_findings", "Files that the last whole scrub found so", ["storage", "state"]
+)
+REPAIRED_BLOCKS = Counter("sectorfs_repaired_blocks_total", "Damaged blocks replaced by good ones")
 DECLARATIONS = Counter("sectorfs_declarations_total", "Sector files declared", ["change"])
 CATALOG_FILES = Gauge("sectorfs_catalog_sector_files", "Sector files in the catalog")
 CATALOG_SEQ = Gauge("sectorfs_catalog_seq", "Last change of the Index applied")

@@ -13,7 +13,19 @@ from collections.abc import Sequence
 import click
 
 from sectorfs import __version__
-from sectorfs.cli import auth, caching, drain, hashing, node, output, piece, sectors, storage, why
+from sectorfs.cli import (
+    auth,
+    caching,
+    drain,
+    hashing,
+    node,
+    output,
+    piece,
+    sectors,
+    storage,
+    verify,
+    why,
+)
 from sectorfs.cli.context import Settings, common
 from sectorfs.errors import BadInput, SectorFSError, from_os
 
@@ -42,7 +54,14 @@ for command in (
     auth.config,
 ):
     sectorfs.add_command(command)
-for command in (caching.fetch, caching.evict, caching.pin, caching.unpin, piece.piece):
+for command in (
+    caching.fetch,
+    caching.evict,
+    caching.pin,
+    caching.unpin,
+    piece.piece,
+    verify.verify,
+):
     sectors.sector.add_command(command)
 storage.storage.add_command(drain.drain)
 

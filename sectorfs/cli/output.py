@@ -125,6 +125,13 @@ def print_status(out: Console, status: reports.StatusReport) -> None:
     for scan in status.scans:
         out.print(f"scanning {_escape(scan.path)}: {scan.done} entries")
     out.print(f"hashing {hashing(status.hashing)}", highlight=False)
+    for scrub in status.scrubs:
+        out.print(f"scrub of {_escape(scrub.path)}: {_escape(_scrub(scrub))}", highlight=False)
+    for run in status.verifying:
+        share = run.done / run.size if run.size else 0.0
+        left = f", {duration(int(run.left))} left" if run.left is not None else ""
+        pace = f"{size(int(run.rate))}/s{left}"
+        out.print(f"verifying {_escape(run.what)} {bar(share)} {pace}", highlight=False)
     for problem in status.problems:
         out.print(f"[red]{_escape(problem)}[/]", highlight=False)
 
@@ -147,6 +154,15 @@ def duration(seconds: int) -> str:
         if seconds >= 2 * length:
             return f"{seconds // length} {unit}"
     return f"{seconds} s"
+
+
+def _scrub(report: reports.ScrubReport) -> str:
+    """One line on the scrub of a storage path."""
+    counts = ", ".join(f"{count} {state}" for state, count in report.states.items())
+    words = [f"ended {report.ended} ({counts})"] if report.ended else ["none ended yet"]
+    if report.begun:
+        words.append(f"begun {report.begun}, {report.files} files, {size(report.bytes)} so far")
+    return "; ".join(words)
 
 
 def _open_files(files: reports.FilesReport) -> str:

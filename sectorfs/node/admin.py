@@ -26,6 +26,7 @@ from sectorfs.node.hashing import Hashing, LocalHashing
 from sectorfs.node.moves import LocalMoves, Moves
 from sectorfs.node.repo import Repo
 from sectorfs.node.settings import SettingsReport, not_here, settings_report
+from sectorfs.node.verify import LocalVerifying, Verifying
 from sectorfs.stores import metadata, storage_list
 from sectorfs.stores.keeper import ScanCounts
 from sectorfs.stores.lanes import Lane
@@ -64,6 +65,10 @@ class Admin(Protocol):
     @property
     def hashing(self) -> Hashing:
         """Verbs on the hashing of this node's files."""
+
+    @property
+    def verifying(self) -> Verifying:
+        """Verbs that look at every byte of this node's files; `Unreachable` where no node runs."""
 
     async def attach(self, path: str, settings: PathSettings | None) -> StorageID:
         """Attach a directory and remember it; with settings, initialise it first."""
@@ -106,11 +111,13 @@ class LocalAdmin:
         state: Callable[[SectorFile], str] | None,
         moves: LocalMoves,
         caching: LocalCaching | None,
+        verifying: LocalVerifying | None = None,
         hashing: LocalHashing,
     ) -> None:
         self.moves = moves
         self.hashing = hashing
         self._caching = caching
+        self._verifying = verifying
         self._repo = repo
         self._index = index
         self._catalog = catalog
@@ -125,9 +132,19 @@ class LocalAdmin:
     def caching(self) -> Caching:
         """See `Admin.caching`."""
         if self._caching is None:
-            hint = "start it with `sectorfs mount` or `serve`"
-            raise Unreachable("no node runs", self._repo.root, hint)
+            raise self._no_node()
         return self._caching
+
+    @property
+    def verifying(self) -> Verifying:
+        """See `Admin.verifying`."""
+        if self._verifying is None:
+            raise self._no_node()
+        return self._verifying
+
+    def _no_node(self) -> Unreachable:
+        hint = "start it with `sectorfs mount` or `serve`"
+        return Unreachable("no node runs", self._repo.root, hint)
 
     async def attach(self, path: str, settings: PathSettings | None) -> StorageID:
         """See `Admin.attach`. A path whose attachment fails is not remembered."""

@@ -133,7 +133,8 @@ class LocalMoves:
         self._ask = ask
         self._own_urls = own_urls
         self._cutoff = config.index.cutoff
-        turns = Turns()
+        turns = self.turns = Turns()
+        """One change of a sector file at a time."""
         self.remover = Remover(
             index=index,
             local=local,

@@ -33,7 +33,9 @@ from sectorfs.node.hashing import LocalHashing, hashing_methods
 from sectorfs.node.moves import local_moves, move_methods
 from sectorfs.node.own_files import OwnFiles
 from sectorfs.node.repo import Repo
+from sectorfs.node.scrubbing import make_scrubbing
 from sectorfs.node.status import Node
+from sectorfs.node.verify import verify_methods
 from sectorfs.server.routes import make_handler
 from sectorfs.stores import metadata, storage_list
 from sectorfs.stores.cache import CacheKeeper
@@ -185,6 +187,17 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             local=local,
             peers=peers,
             config=config,
+        scrubbing = make_scrubbing(
+            repo,
+            config,
+            index=index,
+            catalog=catalog,
+            local=local,
+            peers=peers,
+            manifests=manifests,
+            turns=moves.turns,
+            own_url=own_url,
+        )
             caught_up=lambda: _caught_up(index, feed),
             state=store.state,
             moves=moves,
@@ -196,6 +209,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             config=config,
             api=api,
             catalog=catalog,
+            verifying=scrubbing.verifying,
             feed=feed,
             local=local,
             store=store,
@@ -207,6 +221,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             local,
             secret=secret,
             rpc=Dispatcher(
+            verifying=scrubbing.verifying,
                 [
                     *(index_methods(index) if connect.embedded(config) else ()),
                     *rpc.node_methods(admin, node.status, secret),
@@ -219,6 +234,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             status=lambda: f"sectorfs {__version__} at {api}\n",
             deadline=config.timeouts.disk,
             manifests=manifests,
+                    *verify_methods(scrubbing.verifying),
             missed=hasher.asked,
             remover=moves.remover,
         )
@@ -232,6 +248,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             nursery.start_soon(partial(theirs.watch, deadline=config.timeouts.disk))
         if present:
             await nursery.start(feed.run)
+        await scrubbing.recover()
         else:
             nursery.start_soon(feed.run)
         await nursery.start(local.run)
@@ -244,6 +261,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
         nursery.start_soon(
             OwnFiles(
                 local,
+        nursery.start_soon(scrubbing.run, feed)
                 catalog,
                 answered=lambda: math.isfinite(feed.age),
                 on_change=on_change,

@@ -14,6 +14,7 @@ import msgspec
 from sectorfs.index import content
 from sectorfs.index.locks import Counts
 from sectorfs.index.protocol import Declaration, LeaseStatus, StorageStatus
+from sectorfs.stores.verdicts import Told
 from sectorfs.types import FileType, SectorFile, SectorID, StorageID
 
 
@@ -234,6 +235,8 @@ class StatusReport(msgspec.Struct, kw_only=True):
     files: FilesReport
     fetches: list[FetchReport]
     scans: list[ScanReport]
+    verifying: list[VerifyingReport]
+    scrubs: list[ScrubReport]
     hashing: HashReport
     problems: list[str]
     """What an operator should look at, one line each."""

@@ -18,6 +18,7 @@ from sectorfs.node.forget import DetachReport
 from sectorfs.node.hashing import HashingClient
 from sectorfs.node.moves import MovesClient
 from sectorfs.node.settings import SettingsReport
+from sectorfs.node.verify import VerifyingClient
 from sectorfs.stores.keeper import ScanCounts
 from sectorfs.stores.path_changes import PathChanges
 from sectorfs.types import SectorID, StorageID, parse_sector
@@ -120,6 +121,7 @@ class NodeClient:
         self._last_id = 0
         self.moves = MovesClient(url, lambda _, body, patience: post(body, patience))
         self.caching = CachingClient(self._call)
+        self.verifying = VerifyingClient(self._call)
         self.hashing = HashingClient(self._call)
 
     async def status(self) -> reports.StatusReport:

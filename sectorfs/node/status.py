@@ -20,6 +20,7 @@ from sectorfs.node import reports
 from sectorfs.node.admin import LocalAdmin
 from sectorfs.node.hashing import hash_report
 from sectorfs.node.repo import Repo
+from sectorfs.node.verify import LocalVerifying, scrub_problems
 from sectorfs.stores.cache import CacheKeeper
 from sectorfs.stores.hasher import Hasher
 from sectorfs.stores.local import LocalStore
@@ -46,6 +47,7 @@ class Node:
         local: LocalStore,
         store: RemoteStore,
         keeper: CacheKeeper,
+        verifying: LocalVerifying,
         admin: LocalAdmin,
         hasher: Hasher,
     ) -> None:
@@ -57,6 +59,7 @@ class Node:
         self.local = local
         self.store = store
         self.keeper = keeper
+        self.verifying = verifying
         self.admin = admin
         self.hasher = hasher
         self.operations: SectorOperations | None = None
@@ -98,6 +101,8 @@ class Node:
         problems += [f"hashing: {problem}" for problem in hashing.problems[:MANY_PROBLEMS]]
         return reports.StatusReport(
             running=True,
+        scrubs = self.verifying.reports()
+        problems += [problem for one in scrubs for problem in scrub_problems(one)]
             version=__version__,
             pid=os.getpid(),
             repo=str(self.repo.root),
@@ -125,6 +130,8 @@ class Node:
             scans=await self.admin.scans(),
             hashing=hashing,
             problems=problems,
+            verifying=await self.verifying.verifying(),
+            scrubs=scrubs,
         )
 
     def _mount_report(self) -> reports.MountReport | None:

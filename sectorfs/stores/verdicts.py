@@ -51,10 +51,30 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     repaired: bool = False
     """It was found so, and is well by now."""
 
+
+class Told(msgspec.Struct, frozen=True, kw_only=True):
+    """A finding as it is written down and shown: bounded, whatever was found."""
+
+    file_type: str
+    sector: str
+    member: str | None
+    storage: str
+    state: State
+    size: int
+    detail: str
+    blocks: int
+    """How many are damaged or unreadable."""
+    located: bool
+    """False: it is known that bytes are wrong, and not where."""
+    ranges: list[Range]
+    """The bytes of these blocks, merged; see `ranges`. Empty where they are not located."""
+    repaired: bool
+
     @property
     def name(self) -> str:
         """For people: ``cache/s-t01000-7/p_aux``."""
-        return f"{self.file}/{self.member}" if self.member is not None else str(self.file)
+        name = f"{self.file_type}/{self.sector}"
+        return f"{name}/{self.member}" if self.member is not None else name
 
 
 class Known(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +97,23 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
         if self.own is not None:
             return self.own.digest
         return self.present if self.exact else b""
+
+
+def tell(finding: Finding) -> Told:
+    """A finding, as it is shown."""
+    return Told(
+        file_type=finding.file.file_type.dir_name,
+        sector=finding.file.sector.name,
+        member=finding.member,
+        storage=finding.storage,
+        state=finding.state,
+        size=finding.size,
+        detail=finding.detail,
+        blocks=len(finding.bad) if finding.located else 0,
+        located=finding.located,
+        ranges=ranges(finding.bad, finding.size) if finding.located else [],
+        repaired=finding.repaired,
+    )
 
 
 class Judgement(msgspec.Struct, frozen=True):
