@@ -20,7 +20,7 @@ from sectorfs.fuse.operations import Mount, SectorOperations
 from sectorfs.index.protocol import Declaration, FsStat, StorageInfo, StorageStatus
 from sectorfs.stores.file_systems import local_file_system
 from sectorfs.stores.lanes import Descriptor, Lane
-from sectorfs.stores.protocol import OpenFile, State
+from sectorfs.stores.protocol import Checked, OpenFile, State
 from sectorfs.types import Facts, FileType, MemberFacts, SectorFile, SectorID, StorageID
 
 T = TypeVar("T")
@@ -163,6 +163,7 @@ class DirectoryStore:
         self.roots: dict[StorageID, Path] = {}
         self.lanes: dict[StorageID, GateLane] = {}
         self.states: dict[SectorFile, State] = {}
+        self.checks: dict[SectorFile, Checked] = {}
         self.opened: list[OpenFile] = []
         self.waiting = 0
         """Opens that are under way."""
@@ -195,6 +196,9 @@ class DirectoryStore:
 
     def present(self, file: SectorFile, member: str | None) -> int | None:
         return None
+
+    def checked(self, file: SectorFile, member: str | None) -> Checked:
+        return self.checks.get(file, Checked())
 
     async def _open(self, storage: StorageID, path: Path) -> OpenFile:
         lane = self.lanes[storage]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Literal
 
 import pytest
 
@@ -10,7 +11,7 @@ from sectorfs.errors import NoAttribute, Unsupported
 from sectorfs.fuse import xattrs
 from sectorfs.fuse.inodes import Content, InodeKey
 from sectorfs.fuse.xattrs import Subject
-from sectorfs.stores.protocol import State
+from sectorfs.stores.protocol import Checked, State
 from sectorfs.types import Facts, SectorFile, StorageID
 from tests.mount_fixtures import HERE, SLOW, DictCatalog, sector_file
 
@@ -85,21 +86,25 @@ def test_each_attribute(catalog: DictCatalog, name: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "verified", "progress"),
+    ("state", "progress"),
     [
-        ("local", "no", "100"),
-        ("shared", "no", "100"),
-        ("cached", "length", "100"),
-        ("remote", "no", "0"),
-        ("unavailable", "no", "0"),
+        ("local", "100"),
+        ("shared", "100"),
+        ("cached", "100"),
+        ("remote", "0"),
+        ("unavailable", "0"),
     ],
 )
-def test_what_follows_from_the_state(
-    catalog: DictCatalog, state: State, verified: str, progress: str
-) -> None:
+def test_what_follows_from_the_state(catalog: DictCatalog, state: State, progress: str) -> None:
     assert read(catalog, "user.sectorfs.state", state) == state
-    assert read(catalog, "user.sectorfs.verified", state) == verified
     assert read(catalog, "user.sectorfs.progress", state) == progress
+
+
+@pytest.mark.parametrize("how", ["blocks", "length", "no"])
+def test_what_was_checked_is_told(how: Literal["blocks", "length", "no"]) -> None:
+    subject = Subject(FILE, "cached", (), checked=Checked(how, b"\x0a" * 32))
+    assert xattrs.value(b"user.sectorfs.verified", KEY, lambda file: subject) == how.encode()
+    assert xattrs.value(b"user.sectorfs.digest", KEY, lambda file: subject) == b"0a" * 32
 
 
 def test_what_nobody_knows_is_no_attribute(catalog: DictCatalog) -> None:

@@ -10,9 +10,10 @@ import pytest
 import trio
 
 from sectorfs.errors import NoSource, WrongBytes
+from sectorfs.index.protocol import Declaration
 from sectorfs.stores import streams
 from sectorfs.stores.blocks import BLOCK, PIECE
-from sectorfs.stores.protocol import OpenFile, StreamFile
+from sectorfs.stores.protocol import Checked, OpenFile, StreamFile
 from sectorfs.types import Facts
 from tests.local_fixtures import put
 from tests.proving_fixtures import flipped, manifest_of, noise, prove
@@ -210,3 +211,34 @@ async def test_without_a_roll_a_directory_is_proved_as_a_whole(tmp_path: Path, r
             with pytest.raises(NoSource, match="wrong bytes of a file"):
                 await w.store.open(CACHE, "p_aux")
             assert w.fetching() == []
+
+
+# --- what is said of it ---
+
+
+async def test_what_was_checked_is_told(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        [peer] = w.peers.values()
+        facts = await w.hold(peer, SEALED, SMALL)
+        assert w.store.checked(SEALED, None) == Checked("length", b"")
+        assert await w.read() == SMALL
+        await w.until_declared(SEALED, facts)
+        assert w.store.checked(SEALED, None) == Checked("length", b"")
+        facts = await prove(w, peer, SEALED, SMALL)
+        assert w.store.checked(SEALED, None) == Checked("length", facts.digest)
+        await w.index.declare([Declaration(SEALED, w.copies.storage, False, facts)])
+        await w.sync()
+        assert w.store.checked(SEALED, None) == Checked("blocks", facts.digest)
+
+
+async def test_the_digest_of_a_file_of_a_directory_is_told_once_it_was_asked_for(
+    tmp_path: Path,
+) -> None:
+    async with world(tmp_path) as w:
+        [peer] = w.peers.values()
+        facts = await held_directory(w, peer)
+        assert w.store.checked(CACHE, None) == Checked("blocks", facts.digest)
+        assert w.store.checked(CACHE, "p_aux") == Checked("blocks", b"")
+        await w.read(CACHE, "p_aux")
+        found = w.store.checked(CACHE, "p_aux")
+        assert found == Checked("blocks", manifest_of(FILES["p_aux"]).digest)

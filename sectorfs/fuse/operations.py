@@ -340,6 +340,7 @@ class SectorOperations(pyfuse3.Operations):
             size=size,
             present=present,
             pinned=self._is_pinned(file),
+            checked=self._store.checked(file, member),
         )
         copy = subject.preferred
         if copy is None or copy.path is None:

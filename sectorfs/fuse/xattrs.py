@@ -16,7 +16,7 @@ from sectorfs.errors import NoAttribute, Unsupported
 from sectorfs.fuse.inodes import InodeKey
 from sectorfs.fuse.tree import CatalogView
 from sectorfs.index.protocol import Declaration
-from sectorfs.stores.protocol import State
+from sectorfs.stores.protocol import Checked, State
 from sectorfs.types import SectorFile, StorageID
 
 PREFIX = "user.sectorfs."
@@ -46,6 +46,7 @@ class Subject(msgspec.Struct, frozen=True):
     size: int = 0
     present: int | None = None
     """Bytes that are here of a file that is open or coming from another node."""
+    checked: Checked = Checked()
 
     @property
     def preferred(self) -> Location | None:
@@ -101,9 +102,8 @@ def _storage(subject: Subject) -> str | None:
     return preferred.storage if preferred else None
 
 
-def _verified(subject: Subject) -> str:
-    # A fetched copy is kept only when its length was that of the source; nobody checked the others.
-    return "length" if subject.state == "cached" else "no"
+def _digest(subject: Subject) -> str | None:
+    return subject.checked.digest.hex() or None
 
 
 def _progress(subject: Subject) -> str | None:
@@ -114,10 +114,6 @@ def _progress(subject: Subject) -> str | None:
     return "0" if subject.state in ("remote", "unavailable") else None
 
 
-def _none(subject: Subject) -> str | None:
-    return None
-
-
 _VALUES: dict[str, Callable[[Subject], str | bytes | None]] = {
     "locations": _locations,
     "state": lambda subject: subject.state,
@@ -126,8 +122,8 @@ _VALUES: dict[str, Callable[[Subject], str | bytes | None]] = {
     "miner": lambda subject: str(subject.file.sector.miner),
     "number": lambda subject: str(subject.file.sector.number),
     "read_path": lambda subject: subject.read_path,
-    "verified": _verified,
-    "digest": _none,
+    "verified": lambda subject: subject.checked.how,
+    "digest": _digest,
     "progress": _progress,
     "pinned": lambda subject: "1" if subject.pinned else "0",
 }

@@ -17,6 +17,18 @@ State = Literal["local", "shared", "cached", "partial", "remote", "unavailable"]
 """Where a sector file is, seen from this node; `shared` is attached here and on another node."""
 
 
+class Checked(msgspec.Struct, frozen=True):
+    """What is known of whether the bytes that a reader gets are the right ones."""
+
+    how: Literal["blocks", "length", "no"] = "no"
+    """What comes, or came, from other nodes was proved by hashes, or compared by length alone.
+
+    `no` of files on paths of this node, which nobody checks as they are read.
+    """
+    digest: bytes = b""
+    """Of the file or the directory; empty where nobody told, or nobody asked yet."""
+
+
 class OpenFile(msgspec.Struct, frozen=True, kw_only=True):
     """An open regular file on a storage path of this node. Whoever got it closes it."""
 
@@ -145,3 +157,6 @@ class SectorStore(Protocol):
 
     def present(self, file: SectorFile, member: str | None) -> int | None:
         """Bytes that are here of a file that is open or coming from elsewhere; None of others."""
+
+    def checked(self, file: SectorFile, member: str | None) -> Checked:
+        """What is known of whether the bytes that readers get are the right ones."""

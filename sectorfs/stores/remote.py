@@ -46,7 +46,7 @@ from sectorfs.stores.local import LocalStore
 from sectorfs.stores.manifest_store import ManifestStore
 from sectorfs.stores.places import Places
 from sectorfs.stores.prospects import Prospect
-from sectorfs.stores.protocol import OpenFile, State, StreamFile
+from sectorfs.stores.protocol import Checked, OpenFile, State, StreamFile
 from sectorfs.stores.provers import Provers
 from sectorfs.stores.ranking import Ranking
 from sectorfs.stores.sessions import Surroundings, Wanted
@@ -216,6 +216,19 @@ class RemoteStore:
     def present(self, file: SectorFile, member: str | None) -> int | None:
         """Bytes that are here of a file that is open or coming from elsewhere; None of others."""
         return self._streams.present(file, member)
+
+    def checked(self, file: SectorFile, member: str | None) -> Checked:
+        """What is known of whether the bytes that readers get are the right ones."""
+        facts, state = self._facts(file), self.state(file)
+        whole = facts.digest if facts is not None else b""
+        digest = whole
+        if whole and member is not None:
+            digest = self._provers.known_digest(file, member, whole)
+        if state in ("local", "shared"):
+            return Checked("no", digest)
+        held = self._catalog.declared(file, self._copies.storage) if state == "cached" else facts
+        proved = bool(whole) and held is not None and held.digest == whole
+        return Checked("blocks" if proved else "length", digest)
 
     # --- what operators ask ---
 
