@@ -110,10 +110,6 @@ def rate_of(text: str) -> int:
     return rate
 
 
-class CacheLimits(msgspec.Struct, frozen=True):
-    """What the copies of this node may take."""
-
-    max_size: int = 0
 def interval(text: str) -> float:
     """``12h``, ``30d`` or ``8w`` in seconds, 0 for never; `ValueError` for what is none."""
     if text.strip() in ("", "0"):
@@ -124,6 +120,10 @@ def interval(text: str) -> float:
     return int(match[1]) * {"h": 3600.0, "d": 86400.0, "w": 604800.0}[match[2]]
 
 
+class CacheLimits(msgspec.Struct, frozen=True):
+    """What the copies of this node may take."""
+
+    max_size: int = 0
     """0 for no limit."""
     min_free: int = 0
     share: float = 0.0
@@ -196,11 +196,11 @@ class Config(_Section, frozen=True):
     cache: CacheConfig = CacheConfig()
     fetch: FetchConfig = FetchConfig()
     storage: StorageConfig = StorageConfig()
+    scrub: ScrubConfig = ScrubConfig()
     hash: HashConfig = HashConfig()
 
     def replace(self, **sections: dict[str, Any]) -> Config:
         """A copy with some keys changed, checked like the file: ``replace(node={"listen": …})``."""
-    scrub: ScrubConfig = ScrubConfig()
         data = msgspec.to_builtins(self)
         for section, values in sections.items():
             data[section].update(values)
@@ -251,21 +251,21 @@ def _checked(data: Any, origin: object) -> Config:
     for key, rate in (
         ("peers.max_rate", config.peers.max_rate),
         ("fetch.max_rate", config.fetch.max_rate),
+        ("scrub.max_rate", config.scrub.max_rate),
         ("hash.max_rate", config.hash.max_rate),
     ):
         try:
             rate_of(rate)
-        ("scrub.max_rate", config.scrub.max_rate),
         except ValueError as exc:
             raise BadConfig(f"{key}: {exc}", origin) from exc
-    for storage in config.mount.passthrough_storages:
-        try:
-            parse_storage_id(storage)
-        except ValueError as exc:
     try:
         interval(config.scrub.every)
     except ValueError as exc:
         raise BadConfig(f"scrub.every: {exc}", origin) from exc
+    for storage in config.mount.passthrough_storages:
+        try:
+            parse_storage_id(storage)
+        except ValueError as exc:
             raise BadConfig(f"mount.passthrough_storages: {exc}", origin) from exc
     for key, names in (("mount.types", config.mount.types), ("fetch.policy", config.fetch.policy)):
         for name in names:

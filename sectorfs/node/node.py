@@ -180,13 +180,6 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
         )
         hashing = LocalHashing(repo, hasher)
         caching = LocalCaching(catalog=catalog, feed=feed, store=store, keeper=keeper)
-        admin = LocalAdmin(
-            repo=repo,
-            index=index,
-            catalog=catalog,
-            local=local,
-            peers=peers,
-            config=config,
         scrubbing = make_scrubbing(
             repo,
             config,
@@ -198,10 +191,18 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             turns=moves.turns,
             own_url=own_url,
         )
+        admin = LocalAdmin(
+            repo=repo,
+            index=index,
+            catalog=catalog,
+            local=local,
+            peers=peers,
+            config=config,
             caught_up=lambda: _caught_up(index, feed),
             state=store.state,
             moves=moves,
             caching=caching,
+            verifying=scrubbing.verifying,
             hashing=hashing,
         )
         node = Node(
@@ -209,11 +210,11 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             config=config,
             api=api,
             catalog=catalog,
-            verifying=scrubbing.verifying,
             feed=feed,
             local=local,
             store=store,
             keeper=keeper,
+            verifying=scrubbing.verifying,
             admin=admin,
             hasher=hasher,
         )
@@ -221,12 +222,12 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             local,
             secret=secret,
             rpc=Dispatcher(
-            verifying=scrubbing.verifying,
                 [
                     *(index_methods(index) if connect.embedded(config) else ()),
                     *rpc.node_methods(admin, node.status, secret),
                     *move_methods(moves),
                     *caching_methods(caching),
+                    *verify_methods(scrubbing.verifying),
                     *hashing_methods(hashing),
                 ]
             ),
@@ -234,13 +235,13 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             status=lambda: f"sectorfs {__version__} at {api}\n",
             deadline=config.timeouts.disk,
             manifests=manifests,
-                    *verify_methods(scrubbing.verifying),
             missed=hasher.asked,
             remover=moves.remover,
         )
         limits = Limits(
             write_progress=config.timeouts.progress, body_progress=config.timeouts.progress
         )
+        await scrubbing.recover()
         await nursery.start(copies.clear_leftovers)
         await nursery.start(partial(serve, handler, listeners, limits=limits))
         nursery.start_soon(client.keep_tidy)
@@ -248,12 +249,12 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             nursery.start_soon(partial(theirs.watch, deadline=config.timeouts.disk))
         if present:
             await nursery.start(feed.run)
-        await scrubbing.recover()
         else:
             nursery.start_soon(feed.run)
         await nursery.start(local.run)
         nursery.start_soon(keeper.run)
         nursery.start_soon(_settle, feed, store)
+        nursery.start_soon(scrubbing.run, feed)
         nursery.start_soon(hasher.run)
         old = [url for url in repo.advertised() if url != own_url]
         repo.write_advertised([*old, own_url])
@@ -261,7 +262,6 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
         nursery.start_soon(
             OwnFiles(
                 local,
-        nursery.start_soon(scrubbing.run, feed)
                 catalog,
                 answered=lambda: math.isfinite(feed.age),
                 on_change=on_change,

@@ -99,10 +99,10 @@ class Node:
             problems.append(f"the cache path: {self.keeper.trouble}")
         hashing = hash_report(self.hasher.status())
         problems += [f"hashing: {problem}" for problem in hashing.problems[:MANY_PROBLEMS]]
-        return reports.StatusReport(
-            running=True,
         scrubs = self.verifying.reports()
         problems += [problem for one in scrubs for problem in scrub_problems(one)]
+        return reports.StatusReport(
+            running=True,
             version=__version__,
             pid=os.getpid(),
             repo=str(self.repo.root),
@@ -128,10 +128,10 @@ class Node:
                 for fetch in self.store.fetches()
             ],
             scans=await self.admin.scans(),
-            hashing=hashing,
-            problems=problems,
             verifying=await self.verifying.verifying(),
             scrubs=scrubs,
+            hashing=hashing,
+            problems=problems,
         )
 
     def _mount_report(self) -> reports.MountReport | None:
