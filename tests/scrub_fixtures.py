@@ -20,6 +20,7 @@ from sectorfs.stores import layout
 from sectorfs.stores.local_path import LocalPath
 from sectorfs.stores.manifest import Manifest, directory_digest, leaf_hashes
 from sectorfs.stores.manifest_store import Key, ManifestStore
+from sectorfs.stores.mending import Mender
 from sectorfs.stores.others import Others
 from sectorfs.stores.scan import file_facts
 from sectorfs.stores.scrub import Examined, Examiner
@@ -75,6 +76,17 @@ class ScrubRig:
             manifests=self.manifests,
             own_urls=frozenset(parts.store.urls),
             cutoff=50,
+        )
+        self.repaired: list[tuple[SectorFile, str | None]] = []
+        self.mender = Mender(
+            parts.root / repo / "scrub" / "repairs",
+            index=index,
+            catalog=self.catalog,
+            others=self.others,
+            turns=parts.turns,
+            owner="node-under-test",
+            deadline=10,
+            on_repaired=lambda file, member: self.repaired.append((file, member)),
         )
         self.examiner = Examiner(
             index=index, catalog=self.catalog, manifests=self.manifests, others=self.others
@@ -159,6 +171,11 @@ class ScrubRig:
         found = await self.examiner.examine(self.path(name), file, self.meter)
         await self.sync()
         return found
+
+    async def mend(self, name: str, file: SectorFile, *, primary: bool = True) -> Examined:
+        """Look at a file, and repair what is damaged."""
+        found = await self.examine(name, file)
+        return await self.mender.mend(self.path(name), file, found, primary=primary)
 
     async def states(self, name: str, file: SectorFile) -> dict[str, State]:
         """What is found, by file."""

@@ -11,6 +11,7 @@ from sectorfs.fuse.inodes import ROOT, Content, InodeKey, InodeTable, type_numbe
 from sectorfs.fuse.notifications import (
     MISSED_FOR,
     ForgetDirectory,
+    ForgetPages,
     ForgetName,
     Notice,
     Notifications,
@@ -67,6 +68,16 @@ def fixture() -> Fixture:
 def test_a_name_that_appears_changes_its_directories(fixture: Fixture) -> None:
     change = fixture.catalog.declare(sector_file("sealed/7"), Facts(1, 1))
     assert fixture.changed(change) == [ForgetDirectory(SEALED), ForgetDirectory(ROOT)]
+
+
+def test_the_pages_of_a_file_that_was_repaired_are_forgotten(fixture: Fixture) -> None:
+    content = Content(10, 1)
+    number = fixture.hold("sealed/7", content)
+    fixture.notifications.forget_pages(sector_file("sealed/7"), None, content)
+    assert fixture.taken() == [ForgetPages(number)]
+    fixture.notifications.forget_pages(sector_file("sealed/8"), None, content)
+    fixture.notifications.forget_pages(sector_file("sealed/7"), None, Content(10, 2))
+    assert fixture.taken() == [], "the kernel knows none of these"
 
 
 def test_a_name_that_was_missed_is_forgotten_when_it_appears(fixture: Fixture) -> None:

@@ -20,6 +20,7 @@ from tests.cluster_fixtures import (
     configure,
     declare_at,
     facts_of,
+    locations,
     metric,
     noise,
     put,
@@ -199,6 +200,32 @@ def test_a_primary_copy_is_repaired_only_where_it_is_named(
     assert ", repaired" in say("sector", "verify", "s-t01000-1", "--type", "sealed", "--repair").out
     assert path.read_bytes() == data
     fine(say("sector", "verify", ONE))
+
+
+@pytest.mark.mount
+def test_who_reads_through_the_mount_sees_the_repair(tmp_path: Path) -> None:
+    """Also of a small file, whose wrong bytes the kernel has cached."""
+    data = noise("small", 300_000)
+    with cluster(tmp_path, "node") as [node]:
+        configure(node)
+        node.start(mount=True)
+        for name in ("one", "two"):
+            attach(node, tmp_path / name)
+            put(tmp_path / name / PIECE, data)
+        shown = node.mountpoint / PIECE
+        until("the file", shown.exists)
+        until("both copies", lambda: len(locations(node, PIECE)) == 2)
+        node.call("sector", "verify", PIECE)
+        for name in ("one", "two"):
+            flip(tmp_path / name / PIECE, 8 * 250_000)
+        with shown.open("rb") as stream:
+            assert stream.read() != data
+            flip(tmp_path / "one" / PIECE, 8 * 250_000)
+            said = run("sector", "verify", PIECE, "--repair", repo=node.repo.root)
+            assert ", repaired" in said.stdout
+            stream.seek(0)
+            until("the repair", lambda: os.pread(stream.fileno(), len(data), 0) == data)
+        assert shown.read_bytes() == data
 
 
 # --- passes ---

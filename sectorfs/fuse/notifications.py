@@ -11,7 +11,8 @@ kernel keeps of its listing goes with its attributes.
 
 Regular files need no notification of their own inode. New content gets a new number, so the pages
 and attributes of the old one stay true for those who have it open, and dropping pages would wait
-for every read in flight: one hung disk would hold up the news of all others.
+for every read in flight: one hung disk would hold up the news of all others. Only a file that was
+repaired in place has its pages dropped: they were wrong.
 
 No answer that is older than a notice survives it. For names the kernel sees to that: a look-up
 keeps its directory locked until the answer is in the cache, and a notice waits for the lock. For
@@ -92,7 +93,13 @@ class ForgetDirectory(msgspec.Struct, frozen=True):
     number: int
 
 
-Notice = ForgetName | ForgetDirectory
+class ForgetPages(msgspec.Struct, frozen=True):
+    """Drop what is cached of a regular file's content."""
+
+    number: int
+
+
+Notice = ForgetName | ForgetDirectory | ForgetPages
 
 
 class _Missed:
@@ -181,6 +188,12 @@ class Notifications:
     def forget_name(self, file: SectorFile, member: str | None = None) -> None:
         """Queue one name, so that its next look-up asks again."""
         self._put(self._name_of(file, member))
+
+    def forget_pages(self, file: SectorFile, member: str | None, content: Content) -> None:
+        """Queue a file that was repaired, so that its next read asks again."""
+        number = self._inodes.number(InodeKey(file, member, content))
+        if number in self._inodes:
+            self._put([ForgetPages(number)])
 
     def take(self, patience: float | None = None) -> Iterator[Notice] | None:
         """Everything queued so far; waits while there is nothing; None after `close`.

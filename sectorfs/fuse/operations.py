@@ -35,6 +35,7 @@ from sectorfs.errors import MountFailed, ReadOnly, SectorFSError
 from sectorfs.fuse import mounts, xattrs
 from sectorfs.fuse.backing import Policy
 from sectorfs.fuse.handles import Handles, Invalidate, OnStale
+from sectorfs.fuse.inodes import Content
 from sectorfs.fuse.interrupts import Interrupts
 from sectorfs.fuse.listings import Listings
 from sectorfs.fuse.notifications import Change, ForgetName, Notice, Notifications, deliver
@@ -48,7 +49,7 @@ from sectorfs.fuse.tree import (
 )
 from sectorfs.metrics import FUSE_KEPT_OPENS, FUSE_KEPT_READS, FUSE_REQUESTS, FUSE_SECONDS
 from sectorfs.stores.protocol import SectorStore
-from sectorfs.types import SectorFile, StorageID, parse_storage_id
+from sectorfs.types import MemberFacts, SectorFile, StorageID, parse_storage_id
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +171,11 @@ class SectorOperations(pyfuse3.Operations):
         self.notifications.changed(changes)
         for change in changes:
             self.handles.backing.changed(change.file)
+
+    def repaired(self, file: SectorFile, member: str | None, facts: MemberFacts) -> None:
+        """A file on a disk of this node has the right bytes again: the kernel has wrong ones."""
+        content = Content(facts.size, facts.mtime_ns)
+        self.notifications.forget_pages(file, member, content)
 
     @property
     def passthrough(self) -> str:

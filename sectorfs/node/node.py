@@ -190,6 +190,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             manifests=manifests,
             turns=moves.turns,
             own_url=own_url,
+            on_repaired=lambda file, member: node.repaired(file, member),
         )
         admin = LocalAdmin(
             repo=repo,

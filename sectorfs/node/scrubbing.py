@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sectorfs.config import Config, interval, rate_of
@@ -21,6 +22,7 @@ from sectorfs.stores.scrub_notes import ScrubNotes
 from sectorfs.stores.scrubber import Scrubber
 from sectorfs.stores.transfer import PeerClient
 from sectorfs.stores.turns import Turns
+from sectorfs.types import SectorFile
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ def make_scrubbing(
     manifests: ManifestStore,
     turns: Turns,
     own_url: str,
+    on_repaired: Callable[[SectorFile, str | None], object],
 ) -> Scrubbing:
     """The scrub over a node's parts."""
     others = Others(
@@ -76,6 +79,7 @@ def make_scrubbing(
         turns=turns,
         owner=own_url,
         deadline=config.timeouts.disk,
+        on_repaired=on_repaired,
     )
     scrubber = Scrubber(
         local=local,

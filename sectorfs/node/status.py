@@ -15,6 +15,7 @@ from sectorfs.errors import Unreachable
 from sectorfs.fuse.handles import Handles
 from sectorfs.fuse.operations import Mount, SectorOperations
 from sectorfs.index.catalog import Catalog, FileChange
+from sectorfs.index.content import facts_of
 from sectorfs.index.feed import Feed
 from sectorfs.node import reports
 from sectorfs.node.admin import LocalAdmin
@@ -25,7 +26,7 @@ from sectorfs.stores.cache import CacheKeeper
 from sectorfs.stores.hasher import Hasher
 from sectorfs.stores.local import LocalStore
 from sectorfs.stores.remote import RemoteStore
-from sectorfs.types import StorageID
+from sectorfs.types import SectorFile, StorageID
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,13 @@ class Node:
         self.hasher.changed(changes)
         if self.operations is not None:
             self.operations.changed(changes)
+
+    def repaired(self, file: SectorFile, member: str | None) -> None:
+        """A file was repaired in place: whoever reads it next through the mount must see that."""
+        entry = self.catalog.entry(file)
+        facts = facts_of(entry.facts, member) if entry is not None else None
+        if self.operations is not None and facts is not None:
+            self.operations.repaired(file, member, facts)
 
     def check_mount(self) -> None:
         """`MountFailed` when the mount cannot be what the configuration requires."""

@@ -21,7 +21,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -55,6 +55,8 @@ from sectorfs.types import SectorFile
 log = logging.getLogger(__name__)
 
 LEASE_SECONDS = 60.0
+LOCK_WAIT = 5.0
+"""Seconds that a repair waits for whoever has its sector locked."""
 LONGEST_NS = 86_400 * 10**9
 """A repair takes less."""
 SLACK_NS = 10**10
@@ -88,6 +90,7 @@ class Mender:
         turns: Turns,
         owner: str,
         deadline: float,
+        on_repaired: Callable[[SectorFile, str | None], object],
     ) -> None:
         """`root` is the directory of the notes, on the repo's disk."""
         self._root = root
@@ -97,6 +100,7 @@ class Mender:
         self._turns = turns
         self._owner = owner
         self._deadline = deadline
+        self._on_repaired = on_repaired
         self._lane = Lane(str(root), deadline=deadline)
 
     async def mend(
@@ -150,6 +154,7 @@ class Mender:
                 await _check(name, path.lane, finding.bad, wanted)
             finally:
                 writer.close()
+                self._on_repaired(file, finding.member)
 
     @asynccontextmanager
     async def _locked(self, file: SectorFile) -> AsyncIterator[_HeldLock]:
@@ -162,7 +167,7 @@ class Mender:
             seconds=LEASE_SECONDS,
         )
         try:
-            if not await self._index.lock(lease):
+            if not await self._index.lock(lease, wait=LOCK_WAIT):
                 raise Locked("is locked by others", file, "see `sectorfs storage locks`")
             yield _HeldLock(self._index, lease.token)
         finally:
