@@ -1,13 +1,17 @@
 """A peer that misbehaves on command: another node's half of the protocol, over a directory.
 
-It answers as our nodes do (HEAD, one range, several ranges, validators, kept connections) until it
-is given a *fault*. A fault gets the connection and the answer that a good node would give, and does
-with it what bad nodes do. One that waits ends when its client hangs up, which is counted.
+It answers as our nodes do (HEAD, one range, several ranges, validators, kept connections, and
+manifests where it was told to `prove`) until it is given a *fault*. A fault gets the connection and
+the answer that a good node would give, and does with it what bad nodes do. One that waits ends when
+its client hangs up, which is counted.
 """
 
 from __future__ import annotations
 
+import base64
+import itertools
 import os
+import random
 import select
 import socket
 import threading
@@ -19,6 +23,8 @@ import msgspec
 
 from sectorfs.errors import BadRange
 from sectorfs.server.conditions import byte_ranges, validators
+from sectorfs.stores.manifest import Manifest, edge_blocks
+from sectorfs.stores.rolls import Roll
 
 _CHUNK = 256 << 10
 _HEAD_LIMIT = 64 << 10
@@ -76,6 +82,7 @@ class FaultyPeer:
         self.fault: Fault | None = None
         """What it does wrong from now on."""
         self.asked: list[Asked] = []
+        self._told: dict[str, Manifest] = {}
         self.abandoned = 0
         """Requests whose clients hung up while they waited."""
         self.waiting = 0
@@ -91,6 +98,24 @@ class FaultyPeer:
         self._listen()
 
     # --- what tests do with it ---
+
+    def prove(self, path: str, made: Manifest, *, header: bool = True) -> None:
+        """Serve the manifest of a file (``cache/s-t01000-1/p_aux``); with its bytes too."""
+        kept = self._manifest(path)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_bytes(made.encode())
+        if header:
+            self._told[path] = made
+
+    def prove_directory(self, path: str, roll: Roll) -> None:
+        """Serve the roll of a directory."""
+        kept = self._manifest(path)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_bytes(roll.encode())
+
+    def _manifest(self, path: str) -> Path:
+        kind, sector, *member = path.split("/")
+        return self.root / "manifests" / kind / sector / (member[0] if member else "whole")
 
     def asked_bytes(self) -> int:
         """Bytes of all ranges asked for since `forget`."""
@@ -204,8 +229,10 @@ class FaultyPeer:
     @contextmanager
     def _opened(self, path: str) -> Iterator[int | None]:
         """A file of a storage path by its place in URLs; None when it is not there."""
+        file, asked, member = path.replace("/files/", "/").partition("/manifest")
+        kept = self._manifest(file + member) if asked else self.root / file
         try:
-            fd = os.open(self.root / path.replace("/files/", "/"), os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(kept, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             yield None
             return
@@ -236,7 +263,15 @@ class FaultyPeer:
         if spans is None:
             body: list[bytes | tuple[int, Span]] = [(fd, (0, size))] if method == "GET" else []
             return Asked(method, name, ()), Answer("200 OK", common, body, size)
+        made = self._told.get(name.replace("/files/", "/"))
+        if made is not None and headers.get("sectorfs-leaves") == "1" and len(spans) == 1:
+            common["sectorfs-leaves"] = _leaves(made, *spans[0])
         return Asked(method, name, spans), _partial(fd, size, spans, common)
+
+
+def _leaves(made: Manifest, offset: int, length: int) -> str:
+    edges = edge_blocks(made.size, offset, offset + length)
+    return base64.b64encode(b"".join(made.leaves_of(block) for block in edges)).decode()
 
 
 def _partial(fd: int, size: int, spans: Sequence[Span], headers: dict[str, str]) -> Answer:
@@ -349,6 +384,44 @@ def elsewhere(peer: FaultyPeer, connection: socket.socket, asked: Asked, answer:
         answer.headers["content-range"] = _extent(other, size)
         answer.body = [(fd, other)]
     good(peer, connection, asked, answer)
+
+
+class Flipping:
+    """Flip one bit, anywhere, of the bytes of files in answers that `when` picks.
+
+    It gets the number of the answer, and whether the same was never asked before.
+    """
+
+    def __init__(self, when: Callable[[int, bool], bool], seed: int = 0) -> None:
+        self.flipped = 0
+        self._when = when
+        self._random = random.Random(seed)
+        self._count = itertools.count()
+        self._seen: set[tuple[str, tuple[Span, ...]]] = set()
+
+    def __call__(
+        self, peer: FaultyPeer, connection: socket.socket, asked: Asked, answer: Answer
+    ) -> None:
+        """See the class."""
+        spans = [part for part in answer.body if isinstance(part, tuple)]
+        key = asked.path, asked.spans
+        first = key not in self._seen
+        self._seen.add(key)
+        if spans and "/manifest" not in asked.path and self._when(next(self._count), first):
+            place = self._random.randrange(len(answer.body))
+            while not isinstance(answer.body[place], tuple):
+                place = self._random.randrange(len(answer.body))
+            answer.body[place] = self._flip(answer.body[place])
+            self.flipped += 1
+        good(peer, connection, asked, answer)
+
+    def _flip(self, part: bytes | tuple[int, Span]) -> bytes:
+        assert isinstance(part, tuple)
+        fd, (offset, length) = part
+        data = bytearray(os.pread(fd, length, offset))
+        bit = self._random.randrange(8 * length)
+        data[bit // 8] ^= 1 << bit % 8
+        return bytes(data)
 
 
 def saying(status: str) -> Fault:

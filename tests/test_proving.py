@@ -11,13 +11,14 @@ import trio
 
 from sectorfs.errors import NoSource, WrongBytes
 from sectorfs.index.protocol import Declaration
-from sectorfs.stores import streams
+from sectorfs.metrics import FETCHED_BYTES
+from sectorfs.stores import fetch_rules, stream, streams
 from sectorfs.stores.blocks import BLOCK, PIECE
 from sectorfs.stores.protocol import Checked, OpenFile, StreamFile
 from sectorfs.types import Facts
-from tests.local_fixtures import put
+from tests.local_fixtures import put, until
 from tests.proving_fixtures import flipped, manifest_of, noise, prove
-from tests.test_remote import CACHE, OLD_NS, SEALED, Peer, World, read_all, world
+from tests.test_remote import CACHE, OLD_NS, SEALED, Peer, World, facts_of, read_all, world
 
 SIZE = 9 * BLOCK + 5 * PIECE + 777
 DATA = noise("sealed", SIZE)
@@ -242,3 +243,80 @@ async def test_the_digest_of_a_file_of_a_directory_is_told_once_it_was_asked_for
         await w.read(CACHE, "p_aux")
         found = w.store.checked(CACHE, "p_aux")
         assert found == Checked("blocks", manifest_of(FILES["p_aux"]).digest)
+
+
+# --- a digest that comes later ---
+
+
+async def test_who_reads_without_a_digest_goes_on_with_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "SOURCES_SECONDS", 0)
+    async with world(tmp_path, "a", "b") as w:
+        bad, good = w.peers.values()
+        for peer, mtime_ns in ((bad, OLD_NS), (good, OLDER_NS)):
+            path = put(peer.root, SEALED, DATA)
+            os.utime(path, ns=(mtime_ns, mtime_ns))
+            await w.declare(peer, SEALED, facts_of(path))
+        file = await opened(w)
+        assert w.store.checked(SEALED, None) == Checked("length", b"")
+        assert await read(file, 0, 100) == DATA[:100]
+        await held(w, bad, DATA, gives=flipped(DATA, 8 * 3 * BLOCK))
+        await held(w, good, DATA, mtime_ns=OLDER_NS)
+        assert await read(file, 3 * BLOCK, 100) == DATA[3 * BLOCK : 3 * BLOCK + 100]
+        assert [bar.source.storage for bar in w.store.bars()] == [bad.storage]
+        again = await opened(w)
+        assert await read(again, 0, SIZE) == DATA
+        file.close()
+        again.close()
+        await until(lambda: not w.store.is_busy(SEALED))
+
+
+async def test_a_fetch_goes_on_with_a_digest_that_comes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "SOURCES_SECONDS", 0)
+    monkeypatch.setattr(stream, "FILL_CHUNK", BLOCK)
+    async with world(tmp_path) as w:
+        [peer] = w.peers.values()
+        path = put(peer.root, SEALED, DATA)
+        os.utime(path, ns=(OLD_NS, OLD_NS))
+        await w.declare(peer, SEALED, facts_of(path))
+        peer.gate = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(w.store.fetch, SEALED)
+            await until(lambda: peer.waiting > 0)
+            facts = await held(w, peer, DATA)
+            peer.gate.set()
+        assert (w.cache / str(SEALED)).read_bytes() == DATA
+        await w.until_declared(SEALED, facts)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+async def test_what_came_without_a_digest_is_proved_before_it_is_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: bool
+) -> None:
+    monkeypatch.setattr(streams, "KEEP_FROM", PIECE)
+    monkeypatch.setattr(fetch_rules, "FILL_SHARE", 1)
+    async with world(tmp_path) as w:
+        [peer] = w.peers.values()
+        path = put(peer.root, SEALED, DATA)
+        os.utime(path, ns=(OLD_NS, OLD_NS))
+        await w.declare(peer, SEALED, facts_of(path))
+        file = await opened(w)
+        for at in (0, 2 * BLOCK + 3 * PIECE, 5 * BLOCK):
+            assert await read(file, at, 2 * BLOCK) == DATA[at : at + 2 * BLOCK]
+        file.close()
+        await until(lambda: not w.store.is_busy(SEALED))
+        [part] = w.cache.glob("*/fetching/*.part")
+        with part.open("r+b") as raw:
+            raw.seek(3 * BLOCK)
+            raw.write(b"wrong")
+        facts = await held(w, peer, DATA, proved=keeps)
+        before = FETCHED_BYTES._value.get()
+        await w.store.fetch(SEALED)
+        came = FETCHED_BYTES._value.get() - before
+        assert (w.cache / str(SEALED)).read_bytes() == DATA
+        if keeps:
+            assert came < SIZE - 4 * BLOCK, "what was right did not come again"
+        await w.until_declared(SEALED, facts)

@@ -61,7 +61,9 @@ from sectorfs.wire.server import serve
 log = logging.getLogger(__name__)
 
 OTHER_REQUESTS = 64
-"""Requests at a time to one peer beside those for bytes of files, whose order `Places` decides."""
+"""Requests at a time to one peer beside those for bytes of files, whose order `Places` decides.
+
+Each of these may ask for what proves its bytes while it waits."""
 ATTACH_SECONDS = 2.0
 """A start waits so long for its paths; a disk that hangs is attached behind."""
 CATCH_UP_SECONDS = 5.0
@@ -94,7 +96,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             Client(
                 config.timeouts,
                 token=connect.credentials(token, theirs),
-                per_peer=most_requests(config.peers.parallel) + OTHER_REQUESTS,
+                per_peer=2 * most_requests(config.peers.parallel) + OTHER_REQUESTS,
                 rates=Rates(
                     peer=rate_of(config.peers.max_rate), node=rate_of(config.fetch.max_rate)
                 ),
@@ -153,6 +155,8 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             busy=lambda file: store.is_busy(file),
             promised=partial(_promised, local, space, copies.storage),
         )
+        manifests = ManifestStore(repo.manifests, deadline=config.timeouts.disk)
+        stack.callback(manifests.close)
         store = RemoteStore(
             nursery=nursery,
             catalog=catalog,
@@ -167,9 +171,8 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             fetch=config.fetch,
             space=space,
             keeper=keeper,
+            manifests=manifests,
         )
-        manifests = ManifestStore(repo.manifests, deadline=config.timeouts.disk)
-        stack.callback(manifests.close)
         hasher = Hasher(
             catalog=catalog,
             index=index,

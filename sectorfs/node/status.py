@@ -103,6 +103,7 @@ class Node:
             away = f"the Index at {self.config.index.url} does not answer"
             problems.append(self.remark or away)
         problems += self._waiting_with_their_disk()
+        problems += self._wrong_bytes()
         if self.keeper.trouble:
             problems.append(f"the cache path: {self.keeper.trouble}")
         hashing = hash_report(self.hasher.status())
@@ -174,6 +175,14 @@ class Node:
             for path in self.local.paths()
             if not path.available and passed.get(path.storage)
         ]
+
+    def _wrong_bytes(self) -> list[str]:
+        """The sources that gave bytes which proved wrong."""
+        bars = self.store.bars()
+        problems = [f"{bar.file}: {bar.source.url} {bar}" for bar in bars[:MANY_PROBLEMS]]
+        if len(bars) > MANY_PROBLEMS:
+            problems.append(f"{len(bars) - MANY_PROBLEMS} more sources gave wrong bytes of files")
+        return problems
 
     @property
     def remark(self) -> str:

@@ -22,6 +22,7 @@ from sectorfs.errors import (
     SectorFSError,
     SourceFailed,
     StorageUnavailable,
+    WrongBytes,
 )
 from sectorfs.index.catalog import Catalog
 from sectorfs.index.content import facts_of
@@ -150,11 +151,17 @@ class Flights:
         metrics.FETCHES.labels("failed" if flight.causes else "done").inc()
 
     async def _try_patiently(self, flight: Flight) -> list[SectorFSError] | None:
-        """Go through the sources, and again while one of them is started anew."""
-        since = trio.current_time()
+        """Go through the sources, and again while one of them is started anew.
+
+        Once more as well when nobody had it right: it may have become wrong on the way.
+        """
+        since, once_more = trio.current_time(), True
         while True:
             failed: dict[sources.PeerSource, SectorFSError] = {}
             causes = await self._try_sources(flight, failed)
+            if once_more and any(isinstance(one, WrongBytes) for one in causes or ()):
+                once_more = False
+                continue
             if causes is None or not await self._places.back(failed, since):
                 return causes
 

@@ -33,6 +33,7 @@ from sectorfs.errors import (
     SectorFSError,
     Stale,
     StorageUnavailable,
+    WrongBytes,
 )
 from sectorfs.stores.answers import Version
 from sectorfs.stores.arrivals import Arrivals
@@ -347,9 +348,12 @@ class Stream:
                 self._tell()
 
     async def _bring(self, request: _Request) -> None:
-        """Get a range from source after source; again, while one of them is started anew."""
+        """Get a range from source after source; again, while one of them is started anew.
+
+        Once more as well when nobody had it right: it may have become wrong on the way.
+        """
         causes: dict[PeerSource, SectorFSError] = {}
-        since = trio.current_time()
+        since, once_more = trio.current_time(), True
         while True:
             causes.clear()
             unproved: list[NoProof] = []
@@ -358,6 +362,9 @@ class Stream:
                     return
             except NoProof as exc:  # no fault of one source, nor would the next one's bytes help
                 unproved.append(exc)
+            if once_more and any(isinstance(one, WrongBytes) for one in causes.values()):
+                once_more = False
+                continue
             failed = {**causes, **(unproved[0].failed if unproved else {})}
             if not await self._carrier.back(failed, since):
                 raise self._verdict((*causes.values(), *unproved))
