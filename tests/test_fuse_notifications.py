@@ -11,8 +11,8 @@ from sectorfs.fuse.inodes import ROOT, Content, InodeKey, InodeTable, type_numbe
 from sectorfs.fuse.notifications import (
     MISSED_FOR,
     ForgetDirectory,
-    ForgetPages,
     ForgetName,
+    ForgetPages,
     Notice,
     Notifications,
     deliver,
