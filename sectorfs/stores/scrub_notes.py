@@ -214,13 +214,11 @@ class ScrubNotes:
 
     def _read(self) -> dict[StorageID, Notes]:
         found = {}
-        names = sorted(os.listdir(self._root)) if self._root.is_dir() else []
-        for name in names:
+        for path in sorted(self._root.glob("*.json")):
             try:
-                storage = parse_storage_id(name.removesuffix(".json"))
+                storage = parse_storage_id(path.stem)
             except ValueError:
                 continue  # none of ours, or half written
-            path = self._root / name
             try:
                 found[storage] = _checked(msgspec.json.decode(path.read_bytes(), type=Notes))
             except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as exc:
