@@ -9,7 +9,7 @@ import trio.testing
 from sectorfs.stores import hash_line
 from sectorfs.stores.hash_line import FIRST_PAUSE, LONGEST_PAUSE, Line
 from sectorfs.stores.hash_pace import READERS_SHARE, HashPace, Meter, PathPace
-from sectorfs.stores.hashing import CHUNK
+from sectorfs.stores.hashing import CHUNK, FAST_CHUNK
 from sectorfs.stores.lanes import Lane
 from sectorfs.types import FileType, SectorFile, SectorID
 
@@ -83,7 +83,7 @@ async def test_a_pause_holds_until_it_ends(autojump_clock: trio.testing.MockCloc
         await pace.turn()
     assert scope.cancelled_caught
     pace.resume()
-    assert await pace.turn() == CHUNK
+    assert await pace.turn() == FAST_CHUNK
     pace.pause()
     assert pace.paused
 

@@ -121,14 +121,14 @@ async def test_errors_of_the_disk_are_told_as_they_are(
     path = tmp_path / "f"
     path.write_bytes(bytes(40 * BLOCK))
     one = await opened(path)
-    whole = os.preadv
+    whole = hashing.file_hashes
 
-    def failing(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
-        if offset >= 20 * BLOCK and not flags:
+    def failing(fd: int, offset: int, length: int) -> bytes:
+        if offset + length > 20 * BLOCK:
             raise OSError(5, "I/O error")
-        return whole(fd, buffers, offset, flags)
+        return whole(fd, offset, length)
 
-    monkeypatch.setattr(os, "preadv", failing)
+    monkeypatch.setattr(hashing, "file_hashes", failing)
     with pytest.raises(DiskError, match="I/O error"):
         await hashed(one)
     one.close()

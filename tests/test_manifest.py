@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import struct
+from pathlib import Path
 
 import pytest
 from blake3 import blake3
@@ -123,6 +125,54 @@ def test_a_header_that_lies_about_the_size_is_refused(claimed: int) -> None:
     struct.pack_into("<Q", encoded, 16, claimed)
     with pytest.raises(BadInput):
         Manifest.decode(encoded)
+
+
+@pytest.fixture(params=[True, False], ids=["native", "library"])
+def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """With and without the native module, where there is one."""
+    if request.param and not manifest.NATIVE:
+        pytest.skip("not built, or not for this processor")
+    monkeypatch.setattr(manifest, "NATIVE", request.param)
+    return bool(request.param)
+
+
+@pytest.mark.parametrize("size", [0, 1, LEAF, 2 * LEAF, 2 * LEAF + 1, BLOCK, 3 * BLOCK - 1])
+def test_leaves_of_buffers_and_files_are_those_of_the_library(
+    tmp_path: Path, native: bool, size: int
+) -> None:
+    data = os.urandom(size)
+    wanted = b"".join(blake3(data[at : at + LEAF]).digest() for at in range(0, size, LEAF))
+    assert manifest.leaf_hashes(data) == wanted
+    assert manifest.leaf_hashes(memoryview(bytearray(b"x" + data))[1:]) == wanted
+    (tmp_path / "f").write_bytes(bytes(LEAF) + data)
+    fd = os.open(tmp_path / "f", os.O_RDONLY)
+    try:
+        assert manifest.file_hashes(fd, LEAF, size) == wanted
+        # What is not there is not made up, nor is a leaf that is cut off.
+        whole = wanted[: 32 * (size // LEAF)]
+        assert manifest.file_hashes(fd, LEAF, size + 1) == whole
+        assert manifest.file_hashes(fd, LEAF, size + 5 * BLOCK) == whole
+    finally:
+        os.close(fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        manifest.file_hashes(fd, 0, 3 * LEAF)
+
+
+def test_the_native_module_refuses_what_is_not_its_work() -> None:
+    native = pytest.importorskip("sectorfs.stores._leaves")
+    if not native.AVAILABLE:
+        with pytest.raises(NotImplementedError):
+            native.leaf_hashes(bytes(LEAF))
+        return
+    assert native.leaf_hashes(b"") == b""
+    for bad in (bytes(LEAF - 1), bytes(LEAF + 1)):
+        with pytest.raises(ValueError, match="whole leaves"):
+            native.leaf_hashes(bad)
+    with pytest.raises(TypeError):
+        native.leaf_hashes("text")
+    for offset, leaves in ((-1, 1), (0, -1), (0, 1 << 60)):
+        with pytest.raises(ValueError, match="no part"):
+            native.hash_file(0, offset, leaves)
 
 
 def test_the_size_is_part_of_what_is_proved() -> None:

@@ -10,7 +10,7 @@ import math
 
 import trio
 
-from sectorfs.stores.hashing import CHUNK
+from sectorfs.stores.hashing import FAST_CHUNK
 from sectorfs.stores.lanes import Lane
 from sectorfs.wire.rates import Rates
 
@@ -48,7 +48,7 @@ class HashPace:
     async def turn(self) -> int:
         """Wait until bytes may be read: how many; they are charged already."""
         await self._running.wait()
-        return CHUNK if self._throttle is None else await self._throttle.turn()
+        return FAST_CHUNK if self._throttle is None else await self._throttle.turn()
 
     def read(self, count: int, allowed: int) -> None:
         """So many bytes were read in a turn that allowed so many."""

@@ -21,18 +21,19 @@ import trio
 from sectorfs.errors import SectorFSError, SourceFailed
 from sectorfs.stores.io_priority import idle_priority
 from sectorfs.stores.lanes import Descriptor, Lane
-from sectorfs.stores.manifest import HASH, LEAF, Manifest, leaf_count, leaf_hashes
+from sectorfs.stores.manifest import HASH, LEAF, Manifest, file_hashes, leaf_count
 from sectorfs.stores.regular import open_regular
 
 CHUNK = 8 << 20
 """Most bytes of one call: enough to pay for a thread, and read within a deadline by a sick disk."""
+FAST_CHUNK = 32 << 20
+"""The same while chunks come as fast as from memory."""
 WORKERS = 3
 """Threads for one file that comes from memory."""
 KEEP_EVERY = 1 << 30
 """Bytes after which the hashes so far are kept."""
 
-_FAST = 1e9  # bytes a second; no single disk reads so fast
-_PIECE = 256 << 10  # stays in the processor's cache between the read and the hash
+_FAST = 5e8  # bytes a second; no single disk that turns reads so fast
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -153,7 +154,8 @@ class FileHash:
         while self._next < self._size and (alone or self._fast) and self._failure is None:
             allowed = await self._turn()
             start = self._next
-            end = min(start + max(LEAF, min(allowed, CHUNK) // LEAF * LEAF), self._size)
+            most = min(allowed, FAST_CHUNK if self._fast else CHUNK)
+            end = min(start + max(LEAF, most // LEAF * LEAF), self._size)
             if start >= end:
                 return
             self._next = end
@@ -192,29 +194,18 @@ class FileHash:
 def hash_chunk(fd: int, offset: int, length: int, name: str) -> bytes:
     """The leaf hashes of a part of a file that begins with a leaf; blocks."""
     cached = _is_cached(fd, offset + length - 1)
-    found = []
-    with idle_priority(), memoryview(bytearray(min(length, _PIECE))) as buffer:
-        for start in range(offset, offset + length, _PIECE):
-            with buffer[: min(_PIECE, offset + length - start)] as piece:
-                _fill(fd, piece, start, name)
-                found.append(leaf_hashes(piece))
+    with idle_priority():
+        found = file_hashes(fd, offset, length)
+    if len(found) < HASH * leaf_count(length):
+        raise changed(name)
     if not cached:
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
-    return b"".join(found)
+    return found
 
 
 def changed(name: str) -> SourceFailed:
     """The error for a file that is not what it was."""
     return SourceFailed("changed while it was hashed", name, "it is tried again later")
-
-
-def _fill(fd: int, view: memoryview, offset: int, name: str) -> None:
-    done = 0
-    while done < len(view):
-        count = os.preadv(fd, [view[done:]], offset + done)
-        if not count:
-            raise changed(name)
-        done += count
 
 
 def _is_cached(fd: int, offset: int) -> bool:

@@ -15,6 +15,7 @@ that digest should be its caller knows from elsewhere.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterable
 
@@ -22,6 +23,14 @@ from blake3 import blake3
 
 from sectorfs.errors import BadInput
 from sectorfs.stores.blocks import BLOCK, PIECE
+
+try:
+    from sectorfs.stores import _leaves
+
+    NATIVE = _leaves.AVAILABLE
+    """Many leaves are hashed at once, without the interpreter's lock."""
+except ImportError:  # not built: the library alone does it
+    NATIVE = False
 
 __all__ = [
     "BLOCK",
@@ -36,6 +45,7 @@ __all__ = [
     "directory_digest",
     "edge_blocks",
     "encoded_size",
+    "file_hashes",
     "leaf_count",
     "leaf_hashes",
     "leaves_at",
@@ -51,10 +61,11 @@ HEADER = 64
 
 Bytes = bytes | bytearray | memoryview
 
-_LEAVES = BLOCK // LEAF
+_PER_BLOCK = BLOCK // LEAF
 _HEADER = struct.Struct("<8sIIQ32s8x")
 _ENTRY = struct.Struct("<HQ32s")
 _SIZE = struct.Struct("<Q")
+_PIECE = 256 << 10  # stays in the processor's cache between the read and the hash
 _MAGIC = b"sfs-mft\0"
 _VERSION = 1
 
@@ -91,8 +102,8 @@ def block_at(block: int) -> int:
 
 def leaves_at(size: int, block: int) -> tuple[int, int]:
     """Where the leaf hashes of a block are in the encoded manifest, and how many bytes."""
-    first = block * _LEAVES
-    count = min(_LEAVES, leaf_count(size) - first)
+    first = block * _PER_BLOCK
+    count = min(_PER_BLOCK, leaf_count(size) - first)
     return outline_size(size) + HASH * first, HASH * count
 
 
@@ -116,9 +127,30 @@ def edge_blocks(size: int, start: int, end: int) -> tuple[int, ...]:
 def leaf_hashes(data: Bytes) -> bytes:
     """The hashes of the leaves of bytes that begin with one, 32 bytes each."""
     view = memoryview(data)
-    return b"".join(
-        [blake3(view[start : start + LEAF]).digest() for start in range(0, len(view), LEAF)]
-    )
+    whole = len(view) // LEAF * LEAF if NATIVE and len(view) >= 2 * LEAF else 0
+    hashes = [
+        blake3(view[start : start + LEAF]).digest() for start in range(whole, len(view), LEAF)
+    ]
+    return b"".join([_leaves.leaf_hashes(view[:whole]), *hashes] if whole else hashes)
+
+
+def file_hashes(fd: int, offset: int, length: int) -> bytes:
+    """The hashes of the leaves of a part of an open file that begins with one; blocks.
+
+    Fewer where the file ends before.
+    """
+    whole = length // LEAF if NATIVE else 0
+    found = [_leaves.hash_file(fd, offset, whole)] if whole else []
+    if sum(map(len, found)) < HASH * whole:
+        return b"".join(found)
+    buffer = memoryview(bytearray(min(length - whole * LEAF, _PIECE)))
+    for start in range(whole * LEAF, length, _PIECE):
+        piece = buffer[: length - start]
+        count = _fill(fd, piece, offset + start)
+        if count < len(piece):  # of a leaf that is cut off nothing is said
+            return b"".join([*found, leaf_hashes(piece[: count // LEAF * LEAF])])
+        found.append(leaf_hashes(piece))
+    return b"".join(found)
 
 
 def block_hash(leaves: Bytes) -> bytes:
@@ -196,7 +228,11 @@ class Manifest:
     @classmethod
     def of_leaves(cls, size: int, leaves: bytes) -> Manifest:
         """The manifest of a file with these leaf hashes."""
-        return cls(size, _blocks(leaves), leaves)
+        made = cls.__new__(cls)
+        made.outline = Outline(size, _blocks(leaves))
+        made.leaves = leaves
+        _check(len(leaves) == HASH * leaf_count(size), "has not the leaves of its size", size)
+        return made
 
     @classmethod
     def decode(cls, data: Bytes) -> Manifest:
@@ -226,7 +262,7 @@ class Manifest:
 
     def leaves_of(self, block: int) -> bytes:
         """The leaf hashes of one block."""
-        return self.leaves[HASH * _LEAVES * block : HASH * _LEAVES * (block + 1)]
+        return self.leaves[HASH * _PER_BLOCK * block : HASH * _PER_BLOCK * (block + 1)]
 
     def encode(self) -> bytes:
         """Its form on disk and on the wire."""
@@ -234,7 +270,7 @@ class Manifest:
 
 
 def _blocks(leaves: bytes) -> bytes:
-    step = HASH * _LEAVES
+    step = HASH * _PER_BLOCK
     view = memoryview(leaves)
     return b"".join([block_hash(view[at : at + step]) for at in range(0, len(view), step)])
 
@@ -243,6 +279,16 @@ def _keyed(key: blake3, data: Bytes) -> bytes:
     hasher = key.copy()
     hasher.update(data)
     return hasher.digest()
+
+
+def _fill(fd: int, view: memoryview, offset: int) -> int:
+    done = 0
+    while done < len(view):
+        count = os.preadv(fd, [view[done:]], offset + done)
+        if not count:
+            break
+        done += count
+    return done
 
 
 def _check(holds: bool, what: str, thing: object = "manifest") -> None:

@@ -71,7 +71,7 @@ def describe(directory: Path) -> Machine:
         distribution=platform.freedesktop_os_release()["PRETTY_NAME"],
         python=platform.python_version(),
         file_system=_file_system(directory),
-        native_modules=_is_built("_fr32") and _is_built("_commp"),
+        native_modules=all(_is_built(name) for name in ("_fr32", "_commp", "_leaves")),
         versions={"sectorfs": _own_version()} | _versions(VERSIONS),
         load=load,
         busy=busy,
