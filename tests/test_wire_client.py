@@ -300,10 +300,15 @@ async def test_patience_lengthens_the_wait_for_the_first_byte() -> None:
         assert await get(client, url, patience=30) == b"ok"
 
 
-async def test_a_trickle_is_no_progress() -> None:
+@pytest.mark.parametrize(
+    "how", [b"Content-Length: 900\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n1;"]
+)
+async def test_a_trickle_is_no_progress(how: bytes) -> None:
+    """Be it of the body, or of what stands between its chunks."""
+
     async def script(stream: trio.SocketStream) -> None:
         await read_request(stream)
-        await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n")
+        await stream.send_all(b"HTTP/1.1 200 OK\r\n" + how)
         for _ in range(900):
             await stream.send_all(b"x")
             await trio.sleep(0.02)

@@ -220,14 +220,16 @@ class Response:
         """The next piece of the body, or None at its end."""
         if self._http is None:
             return await self._plain_piece()
-        start = trio.current_time()
         try:
             while (event := self._http.next_event()) is h11.NEED_DATA:
+                start = trio.current_time()
                 self._http.receive_data(await self._receive(_PIECE))
+                # Whatever came: what stands between the chunks is no progress.
+                self._pace.moved(0, waited=trio.current_time() - start)
         except h11.RemoteProtocolError as exc:
             raise self._broken(str(exc)) from exc
         if isinstance(event, h11.Data):
-            self._pace.moved(len(event.data), waited=trio.current_time() - start)
+            self._pace.moved(len(event.data), waited=0)
             return bytes(event.data)
         self._state = "done"
         return None
