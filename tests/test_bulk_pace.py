@@ -76,8 +76,8 @@ async def test_what_others_read_is_told_from_what_we_read(
     use = DiskUse(DEVICE, root=disk.root)
     for others, busy in ((0, False), (OTHERS * 2, True), (OTHERS * 2, True), (0, False)):
         await trio.sleep(1)
-        use.read(50 * MIB)
         disk.reads(50 * MIB + others)
+        use.read(50 * MIB, 1)
         assert use.by_others() is busy
 
 
@@ -107,18 +107,26 @@ async def test_others_who_read_go_first_and_the_work_goes_on(
 ) -> None:
     pace = BulkPace(0)
     await pace.done(DEVICE, 0, 0.1)
-    await trio.sleep(1)
-    disk.reads(100 * MIB)
-    for took, pause in ((0.1, YIELD * 0.1), (60, LONGEST)):
-        began = trio.current_time()
-        await pace.done(DEVICE, 0, took)
-        assert trio.current_time() - began == pytest.approx(pause)
+    for took, pause in ((0.3, YIELD * 0.3), (60, LONGEST)):
+        await trio.sleep(took)
         disk.reads(100 * MIB)
-    await trio.sleep(1)
+        began = trio.current_time()
+        await pace.done(DEVICE, 4 * MIB, took)
+        assert trio.current_time() - began == pytest.approx(pause)
+    await trio.sleep(5)
+    disk.reads(4 * MIB)
     began = trio.current_time()
-    await pace.done(DEVICE, 200 * MIB, 5)
-    await pace.done(DEVICE, 0, 5)
-    await trio.sleep(1)
-    began = trio.current_time()
-    await pace.done(DEVICE, 0, 5)
+    await pace.done(DEVICE, 4 * MIB, 5)
     assert trio.current_time() == began, "nobody else reads any more"
+
+
+async def test_what_others_did_between_two_runs_holds_up_nothing(
+    disk: Disk, autojump_clock: MockClock
+) -> None:
+    pace = BulkPace(0)
+    await pace.done(DEVICE, 0, 0.1)
+    await trio.sleep(100)
+    disk.reads(10_000 * MIB)
+    began = trio.current_time()
+    await pace.done(DEVICE, 4 * MIB, 0.1)
+    assert trio.current_time() == began

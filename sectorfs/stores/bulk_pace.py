@@ -30,14 +30,27 @@ class DiskUse:
 
     def __init__(self, device: int, *, root: Path | None = None) -> None:
         self._counter = (root or _COUNTERS) / f"{os.major(device)}:{os.minor(device)}" / "stat"
-        self._since = trio.current_time()
+        self._busy = False
+        self._begin(trio.current_time())
+
+    def _begin(self, now: float) -> None:
+        self._since = self._read_at = now
         self._total = self._read_bytes()
         self._own = 0
-        self._busy = False
 
-    def read(self, count: int) -> None:
-        """We read so much ourselves."""
-        self._own += count
+    def read(self, count: int, seconds: float) -> None:
+        """We read so much ourselves, in so much time."""
+        now = trio.current_time()
+        if now - self._read_at > seconds + LOOK:
+            self._begin(now)  # what others did while we did nothing hindered nobody
+            self._busy = False
+        else:
+            self._own += count
+        self._read_at = now
+
+    def go_on(self) -> None:
+        """We did nothing just now, for the sake of others."""
+        self._read_at = trio.current_time()
 
     def by_others(self) -> bool:
         """Whether others read much, as of the last look."""
@@ -79,6 +92,7 @@ class BulkPace:
     async def done(self, device: int, count: int, seconds: float) -> None:
         """So many bytes came from a disk in so much time: let others read now, if there are any."""
         use = self._uses.setdefault(device, DiskUse(device))
-        use.read(count)
+        use.read(count, seconds)
         if use.by_others():
             await trio.sleep(min(LONGEST, YIELD * seconds))
+            use.go_on()
