@@ -17,9 +17,13 @@ MB = 1e6
 
 
 def fetch_sectorfs(stage: Stage) -> float:
+    """A file that nobody fetched before."""
+    return fetch_named(stage, f"{BIG_DIR}/{stage.next_link()}")
+
+
+def fetch_named(stage: Stage, name: str) -> float:
     """As ``sectorfs sector fetch``: until the copy is whole, synced and in its place."""
     node = stage.fetcher
-    name = f"{BIG_DIR}/{stage.next_link()}"
     copy = node.repo.cache_path(node.repo.config()) / name
     os.sync()
     start = time.perf_counter()

@@ -204,6 +204,7 @@ class Stage:
     def _start_holder(self) -> Node:
         node = Node(self.root, "holder")
         self._stack.callback(node.end)
+        _configure(node, "")
         node.call("storage", "attach", str(self.disk), "--init", "--store")
         node.start(mount=True)
         self._wait_for_files(node)
@@ -213,8 +214,7 @@ class Stage:
         holder = self.holder
         node = Node(self.root, "fetcher")
         self._stack.callback(node.end)
-        node.repo.create()
-        node.repo.config_toml.write_text(f'[fetch]\npolicy = {{ {COLD_DIR} = "stream" }}\n')
+        _configure(node, f'[fetch]\npolicy = {{ {COLD_DIR} = "stream" }}\n')
         node.start(mount=True, index=holder)
         self._wait_for_files(node)
         return node
@@ -226,8 +226,7 @@ class Stage:
         (disk / BIG_FILE).hardlink_to(self.disk / BIG_FILE)
         node = Node(self.root, "daemon")
         self._stack.callback(node.end)
-        node.repo.create()
-        node.repo.config_toml.write_text('[mount]\npassthrough = "off"\n')
+        _configure(node, '[mount]\npassthrough = "off"\n')
         node.call("storage", "attach", str(disk), "--init", "--store")
         node.start(mount=True)
         until("the big file", (node.mountpoint / BIG_FILE).exists)
@@ -345,6 +344,12 @@ class Stage:
             )
         )
         return port, folder
+
+
+def _configure(node: Node, settings: str) -> None:
+    """Settings of a node, which does not begin to hash in the middle of a measurement."""
+    node.repo.create()
+    node.repo.config_toml.write_text(f"{settings}[hash]\ndelay = 86400\n")
 
 
 def _write_noise(path: Path, size: int) -> None:

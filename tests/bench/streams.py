@@ -45,8 +45,10 @@ def _sshfs(stage: Stage) -> Path:
 
 def _cold(stage: Stage, view: View, count: int, **size: int) -> list[Path]:
     """New files through a file system that knows their names."""
-    folder = view(stage) / COLD_DIR
-    names = stage.cold(count, **size)
+    return _known(view(stage) / COLD_DIR, stage.cold(count, **size))
+
+
+def _known(folder: Path, names: list[str]) -> list[Path]:
     until("its names to be known", lambda: set(names) <= set(os.listdir(folder)))
     return [folder / name for name in names]
 
@@ -112,6 +114,11 @@ def _has_open(pid: int, paths: list[Path]) -> bool:
 def crowd(view: View, stage: Stage) -> float:
     """4 KiB at random places of 64 cold files, by 128 threads."""
     return _load(stage, "pread", _cold(stage, view, CROWD))
+
+
+def read_here_and_there(stage: Stage, names: list[str]) -> float:
+    """The same of these cold files."""
+    return _load(stage, "pread", _known(stage.fetcher.mountpoint / COLD_DIR, names))
 
 
 def crowd_wait(stage: Stage) -> float:
