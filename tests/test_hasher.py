@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
@@ -23,7 +25,7 @@ from sectorfs.stores.local_path import LocalPath
 from sectorfs.stores.manifest import BLOCK, Manifest
 from sectorfs.stores.manifest_store import Key, ManifestStore
 from sectorfs.stores.manifest_sweep import ManifestSweep
-from sectorfs.stores.path_hasher import XATTR
+from sectorfs.stores.path_hasher import XATTR, PathHasher
 from sectorfs.types import Facts, FileType, SectorFile, StorageID
 from tests.local_fixtures import (
     SwitchedIndex,
@@ -80,6 +82,7 @@ class Rig:
             paths=self.local.paths,
             config=config,
             paused=paused,
+            urls=self.local.urls,
         )
         nursery.start_soon(self.hasher.run)
 
@@ -342,6 +345,67 @@ async def test_a_path_that_is_detached_is_left_alone(tmp_path: Path, path: Path)
         await until(lambda: it.hasher.status().left_files == 1)
         it.hasher.pace.resume()
         await until(lambda: it.digest(OTHER))
+
+
+async def test_a_disk_that_hangs_holds_up_its_own_files_only(
+    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(path, SEALED, b"one")
+    make_path(tmp_path / "q")
+    put(tmp_path / "q", OTHER, b"other")
+    whole, go = hashing.file_hashes, threading.Event()
+
+    def hanging(fd: int, offset: int, length: int) -> bytes:
+        if length == 3:
+            assert go.wait(60)
+        return whole(fd, offset, length)
+
+    monkeypatch.setattr(hashing, "file_hashes", hanging)
+    async with rig(tmp_path, path, tmp_path / "q") as it:
+        hung, well = (one.storage for one in it.local.paths())
+        it.path.lane.deadline = 0.2
+        try:
+            await until(lambda: it.digest(OTHER, well))
+            await until(lambda: it.hasher.status().troubles)
+            assert "no answer within" in it.hasher.status().troubles[0]
+            assert it.hasher.status().left_files == 1
+        finally:
+            go.set()
+        it.path.lane.deadline = 10
+        await until(lambda: it.digest(SEALED, hung))
+
+
+async def test_nodes_that_share_a_storage_share_the_work(tmp_path: Path, path: Path) -> None:
+    files = [sector_file(FileType.SEALED, number) for number in range(20)]
+    for file in files:
+        put(path, file, str(file).encode())
+    async with rig(tmp_path, path, paused=True) as it:
+        other = "http://127.0.0.1:9999/remote"
+        info = msgspec.structs.replace(it.path.info, urls=(other,))
+        await it.index.attach(info, FsStat())
+
+        def is_shared() -> bool:
+            status = it.catalog.storage(it.path.storage)
+            return status is not None and len(status.info.urls) == 2
+
+        await until(is_shared)
+        hashers = []
+        for urls in ((other,), it.local.urls):
+            shared = msgspec.structs.replace(it.hasher._shared, urls=urls)
+            hashers.append(PathHasher(it.path, shared))
+        parts = [await _first_pass(one) for one in hashers]
+        assert set(parts[0]) | set(parts[1]) == set(files)
+        assert not set(parts[0]) & set(parts[1])
+        assert all(parts)
+        hashers[0].pass_soon()
+        assert set(await _first_pass(hashers[0])) == set(files)  # the other node may be dead
+
+
+async def _first_pass(one: PathHasher) -> list[SectorFile]:
+    found = []
+    while (file := await one._next()) is not None:
+        found.append(file)
+    return found
 
 
 async def test_the_attribute_is_written_where_it_is_wanted(tmp_path: Path, path: Path) -> None:

@@ -180,6 +180,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             paths=local.paths,
             config=config.hash,
             paused=repo.hashing_paused(),
+            urls=local.urls,
         )
         hashing = LocalHashing(repo, hasher)
         caching = LocalCaching(catalog=catalog, feed=feed, store=store, keeper=keeper)

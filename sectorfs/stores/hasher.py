@@ -70,6 +70,7 @@ class Hasher:
         paths: Callable[[], Sequence[LocalPath]],
         config: HashConfig,
         paused: bool,
+        urls: tuple[str, ...],
     ) -> None:
         self.pace = HashPace(rate=rate_of(config.max_rate), idle=config.idle, paused=paused)
         self._catalog = catalog
@@ -82,6 +83,7 @@ class Hasher:
             HashProgress(manifests.root, manifests.lane),
             self.pace,
             config.xattr,
+            urls,
         )
         self._delay = config.delay
         self._hashers: dict[StorageID, tuple[PathHasher, trio.CancelScope]] = {}

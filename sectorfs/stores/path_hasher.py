@@ -33,7 +33,7 @@ from sectorfs.stores.hash_progress import HashProgress
 from sectorfs.stores.hashing import FileHash, Opened, Read, changed, open_to_hash
 from sectorfs.stores.local_path import LocalPath
 from sectorfs.stores.manifest import HASH, LEAF, Manifest, directory_digest
-from sectorfs.stores.manifest_store import Key, ManifestStore
+from sectorfs.stores.manifest_store import Key, ManifestStore, shard_of
 from sectorfs.types import Facts, SectorFile
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ class Shared(msgspec.Struct, frozen=True):
     progress: HashProgress
     pace: HashPace
     xattr: bool
+    urls: tuple[str, ...]
+    """Base URLs of this node."""
 
 
 class Left(msgspec.Struct):
@@ -100,6 +102,7 @@ class PathHasher:
         self._cursor: SectorFile | None = None
         self._next_pass = self._next_check = -1.0
         self._passing = self._checking = False
+        self._share: tuple[int, int] | None = None
         self._refused: dict[SectorFile, Facts] = {}
         self._wake = trio.Event()
 
@@ -178,6 +181,8 @@ class PathHasher:
         self.line.overflown = False
         self._passing, self._cursor = True, None
         self._checking = now >= self._next_check
+        # What other nodes on this storage left is done here in the second pass.
+        self._share = None if self.counted else self._own_share()
         left, after = Left(), None
         while files := self._files(after):
             after = files[-1]
@@ -206,6 +211,19 @@ class PathHasher:
                 self._backlog.extend(await self._without_manifest(files))
         await trio.lowlevel.checkpoint()
 
+    def _own_share(self) -> tuple[int, int] | None:
+        """Of a storage that several nodes have: which of so many parts is this node's."""
+        status = self._shared.catalog.storage(self.path.storage)
+        urls = sorted(status.info.urls) if status is not None else []
+        mine = [place for place, url in enumerate(urls) if url in self._shared.urls]
+        return (mine[0], len(urls)) if len(urls) > 1 and mine else None
+
+    def _is_ours(self, file: SectorFile) -> bool:
+        if self._share is None:
+            return True
+        part, parts = self._share
+        return int(shard_of(file), 16) % parts == part
+
     def _files(self, after: SectorFile | None) -> list[SectorFile]:
         return self._shared.catalog.files_of(self.path.storage, after=after, limit=SLICE)
 
@@ -228,7 +246,7 @@ class PathHasher:
         because its manifest is lost."""
         storage = self.path.storage
         facts = self._shared.catalog.declared(file, storage)
-        if facts is None or (facts.digest and not asked):
+        if facts is None or (not asked and (facts.digest or not self._is_ours(file))):
             return None
         if file.file_type.is_directory and not facts.members:
             return None
