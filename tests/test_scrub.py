@@ -327,3 +327,43 @@ async def test_a_disk_that_hangs_costs_one_deadline(tmp_path: Path) -> None:
             (found,) = (await node.examine("hung", SEALED)).findings
             assert found.state == "unreadable"
             disk.go()
+
+
+# --- what is not what it seems ---
+
+
+async def test_of_two_primary_copies_that_differ_none_is_called_damaged(node: ScrubRig) -> None:
+    """Before both were hashed nobody knows which one is."""
+    data = noise("sealed", SIZE)
+    first = await node.put("disk", SEALED, data)
+    flip(first, 9)
+    await node.hash("disk", SEALED)
+    second = await node.put("other", SEALED, data)
+    times = first.stat().st_mtime_ns
+    os.utime(second, ns=(times, times))
+    await node.declare("other", SEALED)
+    found = await node.examine("other", SEALED)
+    assert [one.state for one in found.findings] == ["changed"]
+    assert found.wanted == {}, "nobody may overwrite it"
+
+
+async def test_a_manifest_of_other_bytes_is_removed(node: ScrubRig) -> None:
+    where = await node.put("disk", SEALED, noise("sealed", SIZE))
+    digest = await node.hash("disk", SEALED, keep=False)
+    facts = where.stat()
+    part = MemberFacts("", facts.st_size, facts.st_mtime_ns)
+    stale = Manifest.of_leaves(SIZE, leaf_hashes(noise("other", SIZE)))
+    await node.manifests.save(node.key("disk", SEALED, part), stale)
+    assert digest != stale.digest
+    assert await node.states("disk", SEALED) == {"": "ok"}
+    assert await node.manifests.load(node.key("disk", SEALED, part)) is None
+
+
+async def test_a_disk_that_is_unmounted_lost_no_file(node: ScrubRig) -> None:
+    await node.put("disk", SEALED, noise("sealed", SIZE), hashed=True)
+    root = node.parts.path("disk")
+    root.rename(root.with_name("away"))
+    root.mkdir()
+    found = await node.examine("disk", SEALED)
+    assert [one.state for one in found.findings] == ["unreadable"]
+    assert not node.path("disk").available

@@ -34,9 +34,9 @@ def test_what_nobody_knows_is_unproved() -> None:
         Known(told=GOOD.digest),
         Known(own=GOOD),
         Known(present=GOOD.digest),
-        Known(present=GOOD.digest, exact=True),
+        Known(present=GOOD.digest, copied=True),
         Known(told=GOOD.digest, own=BAD),
-        Known(told=GOOD.digest, own=GOOD, present=GOOD.digest, exact=True),
+        Known(told=GOOD.digest, own=GOOD, present=GOOD.digest, copied=True),
     ],
 )
 def test_what_agrees_with_what_counts_most_is_well(known: Known) -> None:
@@ -48,7 +48,7 @@ def test_what_agrees_with_what_counts_most_is_well(known: Known) -> None:
     [
         Known(told=GOOD.digest),
         Known(own=GOOD),
-        Known(present=GOOD.digest, exact=True),
+        Known(present=GOOD.digest, copied=True),
         Known(told=GOOD.digest, own=ODD),
     ],
 )
@@ -75,7 +75,7 @@ def test_nothing_unknown_is_ever_well_or_damaged(data: st.DataObject) -> None:
         told=data.draw(digests),
         own=data.draw(st.sampled_from([None, GOOD, BAD])),
         present=data.draw(digests),
-        exact=data.draw(st.booleans()),
+        copied=data.draw(st.booleans()),
     )
     state = judge(GOOD.digest, known).state
     spoken = {known.told, known.own.digest if known.own else b"", known.present} - {b""}

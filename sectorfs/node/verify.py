@@ -18,7 +18,7 @@ from sectorfs.stores.local import LocalStore
 from sectorfs.stores.local_path import LocalPath
 from sectorfs.stores.scrub_notes import StorageNotes
 from sectorfs.stores.scrubber import Run, Scrubber
-from sectorfs.stores.verdicts import Told, tell
+from sectorfs.stores.verdicts import Told
 from sectorfs.types import (
     FileType,
     SectorFile,
@@ -186,7 +186,7 @@ def _report(run: Run) -> VerifyReport:
         bytes=run.bytes,
         seconds=run.seconds,
         states={state: count for state, count in run.states.items() if count},
-        findings=[tell(finding) for finding in run.findings],
+        findings=run.findings,
         more=run.more,
         stopped={str(storage): why for storage, why in run.stopped.items()},
     )

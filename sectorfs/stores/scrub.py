@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 
 import msgspec
@@ -28,7 +29,7 @@ from sectorfs.errors import (
 )
 from sectorfs.index.catalog import Catalog
 from sectorfs.index.content import exact
-from sectorfs.index.protocol import Declaration, SectorIndex
+from sectorfs.index.protocol import SectorIndex
 from sectorfs.stores import trailer
 from sectorfs.stores.digest_news import tell_digests
 from sectorfs.stores.expected import WHOLE, Lack, lacks, sector_size_among
@@ -39,7 +40,7 @@ from sectorfs.stores.manifest import Manifest, Outline
 from sectorfs.stores.manifest_store import Key, ManifestStore
 from sectorfs.stores.others import Others, Subject
 from sectorfs.stores.regular import open_regular
-from sectorfs.stores.scan import file_facts
+from sectorfs.stores.scan import check_identity, file_facts
 from sectorfs.stores.verdicts import WELL, Finding, Known, State, worst
 from sectorfs.stores.whole_reads import Meter, read_whole
 from sectorfs.types import Facts, FileType, MemberFacts, SectorFile
@@ -98,7 +99,7 @@ class Examiner:
             path.note(file)
             return Examined((_finding(path, file, "changed", detail=_MEANWHILE),), moving=True)
         except _FAILS as exc:
-            return Examined((_finding(path, file, "unreadable", detail=exc.what),))
+            return _unreadable(path, file, exc)
 
     async def _examine(self, path: LocalPath, file: SectorFile, meter: Meter) -> Examined:
         facts = await self._settled(path, file)
@@ -111,6 +112,7 @@ class Examiner:
         found = await self._judge.judge(case, meter)
         if all(verdict.state in WELL for verdict in found.values()):
             await self._keep(case, facts)
+            await self._forget_others(case)
         lacking = await self._lacking(path, file, facts)
         return Examined(_findings(case, found, lacking), _wanted(case, found))
 
@@ -135,6 +137,11 @@ class Examiner:
     async def _absent(self, path: LocalPath, file: SectorFile, why: str) -> Examined:
         """Not there: nothing to tell of when the Index agrees, for what is removed is dropped."""
         path.note(file)
+        try:
+            check = partial(check_identity, path.path, path.storage)
+            await path.lane.run(check, what=f"look at {path.path}")
+        except _FAILS as exc:
+            return _unreadable(path, file, exc)
         held = await self._index.sector(file.sector)
         if not any(one.file == file and one.storage == path.storage for one in held):
             return Examined(())
@@ -181,11 +188,24 @@ class Examiner:
         if entry is None or entry.facts is None:
             return Known()
         here = [one for one in entry.declarations if one.storage == path.storage]
-        told = here[0].facts.digest if here and here[0].facts is not None else b""
-        same = bool(here) and exact(
-            msgspec.structs.replace(here[0], facts=_bare(here[0])), entry.facts
-        )
-        return Known(told=told, present=entry.facts.digest, exact=same)
+        if not here or here[0].facts is None:
+            return Known(present=entry.facts.digest)
+        told, bare = here[0].facts.digest, here[0].facts.bare
+        same = exact(msgspec.structs.replace(here[0], facts=bare), entry.facts)
+        copied = same and not here[0].primary
+        return Known(told=told, present=entry.facts.digest, copied=copied)
+
+    async def _forget_others(self, case: Case) -> None:
+        """Manifests of other bytes than are there, which are right, would only mislead."""
+        stale = [
+            _key(read.subject, MemberFacts(name, read.size, read.mtime_ns))
+            for name, read in case.reads.items()
+            if name in case.own and case.own[name].digest != read.digest
+        ]
+        if stale:
+            log.warning("%s: its manifest was of other bytes, and is made anew", case.file)
+            with suppress(SectorFSError):
+                await self._manifests.remove(stale)
 
     async def _lacking(self, path: LocalPath, file: SectorFile, facts: Facts) -> list[Lack]:
         """What is not there, or cannot be as it is."""
@@ -216,10 +236,6 @@ class Examiner:
             log.debug("%s: its digest is not declared: %s", case.file, exc)
 
 
-def _bare(one: Declaration) -> Facts | None:
-    return one.facts.bare if one.facts is not None else None
-
-
 def _parts(facts: Facts) -> tuple[MemberFacts, ...]:
     """The regular files of a sector file, by name."""
     if facts.members is not None:
@@ -247,6 +263,12 @@ def _trailer_trouble(name: str, sector_size: int) -> str:
     finally:
         descriptor.close()
     return ""
+
+
+def _unreadable(path: LocalPath, file: SectorFile, exc: SectorFSError) -> Examined:
+    if isinstance(exc, StorageUnavailable) and type(exc) is not StorageUnavailable:
+        path.fail(exc)  # it is not there any more; whether it hangs is the lane's to judge
+    return Examined((_finding(path, file, "unreadable", detail=exc.what),))
 
 
 def _finding(

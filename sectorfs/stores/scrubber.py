@@ -26,7 +26,7 @@ from sectorfs.stores.local import LocalStore
 from sectorfs.stores.local_path import LocalPath
 from sectorfs.stores.scrub import Examined, Examiner
 from sectorfs.stores.scrub_notes import ScrubNotes
-from sectorfs.stores.verdicts import STATES, WELL, Finding
+from sectorfs.stores.verdicts import STATES, WELL, Finding, Told, tell
 from sectorfs.types import SectorFile, StorageID
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Run:
         self.total: int | None = None
         """To be read in all; None while that is not known."""
         self.states = dict.fromkeys(STATES, 0)
-        self.findings: list[Finding] = []
+        self.findings: list[Told] = []
         self.more = 0
         """Findings beyond `MOST_KEPT`."""
         self.stopped: dict[StorageID, str] = {}
@@ -110,7 +110,7 @@ class Run:
             if not self.every and finding.state in WELL:
                 continue
             if len(self.findings) < MOST_KEPT:
-                self.findings.append(finding)
+                self.findings.append(tell(finding))
             else:
                 self.more += 1
 
@@ -165,8 +165,9 @@ class Scrubber:
         for path, file in files:
             examined = await self._look(path, file, run)
             run.take(examined)
-            self.notes.of(path.storage).take(file, examined.findings)
-            await self.notes.write(path.storage)
+            if not examined.moving:
+                self.notes.of(path.storage).take(file, examined.findings)
+                await self.notes.write(path.storage)
 
     async def scrub(self, run: Run, paths: Sequence[LocalPath], *, anew: bool = False) -> None:
         """Bring a pass of each of these to its end; one that is under way by schedule as well."""

@@ -86,8 +86,11 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
     """Of the manifest that was made of it here, at this size and time."""
     present: bytes = b""
     """The digest of the copy that has the say."""
-    exact: bool = False
-    """That copy has the very size and time of this one."""
+    copied: bool = False
+    """This is no primary copy, and has the very size and time of that one.
+
+    Of two primary copies that differ nobody knows which one is damaged, before both were hashed.
+    """
 
     @property
     def wanted(self) -> bytes:
@@ -96,7 +99,7 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
             return self.told
         if self.own is not None:
             return self.own.digest
-        return self.present if self.exact else b""
+        return self.present if self.copied else b""
 
 
 def tell(finding: Finding) -> Told:
