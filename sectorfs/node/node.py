@@ -259,11 +259,11 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
         await nursery.start(local.run)
         nursery.start_soon(keeper.run)
         nursery.start_soon(_settle, feed, store)
-        nursery.start_soon(scrubbing.run, feed)
         nursery.start_soon(hasher.run)
         old = [url for url in repo.advertised() if url != own_url]
         repo.write_advertised([*old, own_url])
         attached = await _attach(nursery, local, (str(copies.root), *known.paths))
+        nursery.start_soon(scrubbing.run, feed)
         nursery.start_soon(
             OwnFiles(
                 local,
