@@ -8,11 +8,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
 from sectorfs.errors import NoSource, Refused, SectorFSError, SourceFailed, Stale, Unreachable
 from sectorfs.index.protocol import Declaration, FsStat, HealthReport, StorageInfo
+from sectorfs.stores.manifest import Manifest, leaf_hashes
+from sectorfs.stores.rolls import make_roll
 from sectorfs.stores.scan import file_facts
 from sectorfs.types import Facts, FileType, MemberFacts, SectorFile, StorageID
 from tests.archive_fixtures import COMPLETE, FINALIZED, MTIME_NS, Foreign, foreign
@@ -335,3 +338,42 @@ async def test_an_error_of_ours_is_no_sources(
         assert "source" not in caplog.text
         await it.require_untouched()
         assert it.parts.space.claims(it.to) == ()
+
+
+# --- what is proved ---
+
+
+def with_digest(file: SectorFile, files: dict[str, bytes]) -> Facts:
+    """The facts of a sector file with these bytes, and the digest of them."""
+    made = {name: Manifest.of_leaves(len(data), leaf_hashes(data)) for name, data in files.items()}
+    if not file.file_type.is_directory:
+        return Facts(len(files[""]), MTIME_NS, None, made[""].digest)
+    roll = make_roll([(name, one.size, one.digest) for name, one in made.items()])
+    return msgspec.structs.replace(facts_of(files), digest=roll.digest)
+
+
+def changed(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The same with one bit of the last file the other way."""
+    name = max(files)
+    data = bytearray(files[name])
+    data[len(data) // 2] ^= 4
+    return {**files, name: bytes(data)}
+
+
+@pytest.mark.parametrize("kind", ["curio", "lotus"])
+@pytest.mark.parametrize(
+    ("file", "files"), [(CACHE, FINALIZED), (SEALED, {"": os.urandom(3_000_000)})]
+)
+async def test_what_comes_with_a_wrong_bit_is_not_moved(
+    tmp_path: Path, kind: str, file: SectorFile, files: dict[str, bytes]
+) -> None:
+    node = Foreign("", changed(files), kind)
+    async with world(tmp_path, node, file, told=with_digest(file, files)) as it:
+        with pytest.raises(NoSource, match="gave wrong bytes"):
+            await it.move()
+        await it.require_untouched()
+        assert not there(it.mine)
+        node.files = files
+        assert await it.move() == "fetched"
+        assert node.gone
+        assert await it.holders() == {it.to: True}

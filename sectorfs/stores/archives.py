@@ -27,10 +27,10 @@ from sectorfs.errors import SectorFSError, SourceFailed
 from sectorfs.metrics import FETCHED_BYTES, SOURCE_FAILURES
 from sectorfs.stores import layout
 from sectorfs.stores.copies import Copies, Partial
-from sectorfs.stores.directory_proof import DirectoryProof, whole_leaves
 from sectorfs.stores.proof import Tally
 from sectorfs.stores.tar_reader import Ending, MemberBegins, MemberData, MemberEnds, TarReader
 from sectorfs.stores.transfer import PeerClient
+from sectorfs.stores.whole_proof import WholeProof, whole_leaves
 from sectorfs.stores.writing import SteadyWrites
 from sectorfs.types import Facts, MemberFacts, SectorFile
 
@@ -65,7 +65,7 @@ async def fetch_directory(
     *,
     expected: Facts | None,
     whole: bool,
-    proof: DirectoryProof | None,
+    proof: WholeProof | None,
     progress: Callable[[int], object],
 ) -> Facts:
     """Receive a directory's files; its facts, which are `expected` where that is given.
@@ -101,7 +101,7 @@ class _Arriving:
         self,
         sink: Sink,
         expected: Facts | None,
-        proof: DirectoryProof | None,
+        proof: WholeProof | None,
         url: str,
         progress: Callable[[int], object],
     ) -> None:

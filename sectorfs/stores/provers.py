@@ -11,7 +11,6 @@ import msgspec
 from sectorfs.errors import NoProof, SectorFSError
 from sectorfs.index.catalog import Catalog
 from sectorfs.stores.carriers import PeerManifests
-from sectorfs.stores.directory_proof import DirectoryProof
 from sectorfs.stores.manifest import Manifest
 from sectorfs.stores.manifest_store import Key, ManifestStore
 from sectorfs.stores.places import Places
@@ -20,6 +19,7 @@ from sectorfs.stores.rolls import Roll, make_roll
 from sectorfs.stores.sessions import Wanted
 from sectorfs.stores.sources import PeerSource
 from sectorfs.stores.transfer import PeerClient
+from sectorfs.stores.whole_proof import WholeProof
 from sectorfs.types import Facts, MemberFacts, SectorFile, StorageID
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Provers:
         prover = self.prover(file, member, facts, 0)
         return await prover.own_digest() if prover is not None else b""
 
-    async def directory(self, file: SectorFile, facts: Facts | None) -> DirectoryProof | None:
+    async def directory(self, file: SectorFile, facts: Facts | None) -> WholeProof | None:
         """What proves a whole directory; None while nobody told its digest."""
         prover = self.prover(file, None, facts, 0)
         if prover is None:
@@ -95,7 +95,7 @@ class Provers:
             roll = await prover.roll()
         except NoProof as exc:
             log.info("%s: proved by its digest alone: %s", file, exc)
-        return DirectoryProof(str(file), prover.subject.digest, roll, self._proving.hash)
+        return WholeProof(str(file), prover.subject.digest, roll, self._proving.hash)
 
     def known_digest(self, file: SectorFile, member: str, digest: bytes) -> bytes:
         """That of a file of a directory with this digest; empty while it was not asked for."""

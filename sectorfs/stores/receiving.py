@@ -2,7 +2,8 @@
 
 From nodes of ours a directory comes file by file, and so does a regular file from any node. A
 directory of another program's node comes as one tar (`archives`). Whatever comes is brought into
-place as `incoming` does it: whole, with the sizes and times of its source, or not at all.
+place as `incoming` does it: whole, with the sizes and times of its source, or not at all. Where the
+source's copy was declared with a digest it is proved too, for what is moved is deleted there.
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ from sectorfs.errors import (
     Unauthorized,
     Unreachable,
 )
+from sectorfs.index.content import same_mtime
 from sectorfs.stores.archives import Nowhere, fetch_directory, write_at
 from sectorfs.stores.incoming import Incoming
 from sectorfs.stores.lanes import Descriptor, Lane
 from sectorfs.stores.local_path import LocalPath
+from sectorfs.stores.manifest import leaf_hashes
+from sectorfs.stores.proof import Tally
 from sectorfs.stores.reservation import Claim
 from sectorfs.stores.space_ledger import SpaceLedger
 from sectorfs.stores.transfer import PeerClient
+from sectorfs.stores.whole_proof import WholeProof
 from sectorfs.stores.writing import SteadyWrites
 from sectorfs.types import Facts, MemberFacts, SectorFile, StorageID
 
@@ -95,7 +100,8 @@ class Receiver:
                     raise
                 facts = await self._receive_archive(moving, url, target, lane, declared, whole)
                 return Origin(url=url, facts=facts, ours=False)
-            await self._receive_parts(moving, url, told.facts, target, lane)
+            proof = _proof_of(moving.file, declared, told.facts, lane)
+            await self._receive_parts(moving, url, told.facts, proof, target, lane)
             return Origin(url=url, facts=told.facts, ours=told.by_ours)
 
         return await self._first(moving.file, urls, attempt, "gives it")
@@ -152,7 +158,13 @@ class Receiver:
     # File by file
 
     async def _receive_parts(
-        self, moving: Moving, url: str, facts: Facts, target: LocalPath, lane: Lane
+        self,
+        moving: Moving,
+        url: str,
+        facts: Facts,
+        proof: WholeProof | None,
+        target: LocalPath,
+        lane: Lane,
     ) -> None:
         file = moving.file
         incoming = Incoming(target, lane, file, owner=self._owner)
@@ -164,7 +176,9 @@ class Receiver:
             try:
                 await incoming.begin()
                 for member in members:
-                    await self._receive_part(moving, url, member, incoming, lane)
+                    await self._receive_part(moving, url, member, proof, incoming, lane)
+                if proof is not None:
+                    proof.over(url)
                 if (await self._peers.facts(url, file)).bare != facts.bare:
                     raise Stale("changed while it was moved", f"{url}: {file}", "move it again")
                 await incoming.commit(facts.mtime_ns)
@@ -173,11 +187,18 @@ class Receiver:
                 raise
 
     async def _receive_part(
-        self, moving: Moving, url: str, member: MemberFacts, incoming: Incoming, lane: Lane
+        self,
+        moving: Moving,
+        url: str,
+        member: MemberFacts,
+        proof: WholeProof | None,
+        incoming: Incoming,
+        lane: Lane,
     ) -> None:
         before = moving.done
         writer = await incoming.create(member.name)
         run = SteadyWrites(lane.finish, writer)
+        tally = Tally(member.size) if proof is not None else None
 
         def progress(done: int) -> None:
             moving.done = before + done
@@ -193,7 +214,10 @@ class Receiver:
                 mtime_ns=member.mtime_ns,
                 run=run,
                 progress=progress,
+                sieve=tally,
             )
+            if proof is not None and tally is not None:
+                proof.take(member.name, tally, url)
             await incoming.end(writer, member.size, member.mtime_ns)
         finally:
             writer.close()
@@ -224,7 +248,7 @@ class Receiver:
                     *(self._peers, _IncomingSink(incoming, lane), url, file),
                     expected=declared,
                     whole=whole,
-                    proof=None,
+                    proof=_proof_of(file, declared, declared, lane),
                     progress=progress,
                 )
                 await incoming.commit(facts.mtime_ns)
@@ -268,6 +292,21 @@ class _IncomingSink:
         """See `Sink`."""
         if self._writer is not None:
             self._writer.close()
+
+
+def _proof_of(
+    file: SectorFile, declared: Facts | None, given: Facts | None, lane: Lane
+) -> WholeProof | None:
+    """What proves the content that a node gives; None when nobody told the digest of that."""
+    if declared is None or given is None or not declared.digest:
+        return None
+    if declared.size != given.size or not same_mtime(declared.mtime_ns, given.mtime_ns):
+        return None
+
+    async def compute(parts: Sequence[memoryview]) -> list[bytes]:
+        return await lane.run(lambda: [leaf_hashes(one) for one in parts], what="hash what came")
+
+    return WholeProof(str(file), declared.digest, None, compute)
 
 
 def _claim(target: LocalPath, file: SectorFile, size: int) -> Claim:

@@ -17,12 +17,12 @@ from sectorfs.index.content import facts_of
 from sectorfs.metrics import PROVED_BYTES
 from sectorfs.stores.archives import CacheSink, fetch_directory
 from sectorfs.stores.copies import Copies, Partial
-from sectorfs.stores.directory_proof import DirectoryProof
 from sectorfs.stores.manifest import Manifest
 from sectorfs.stores.proof import Tally
 from sectorfs.stores.provers import Provers
 from sectorfs.stores.sources import PeerSource
 from sectorfs.stores.transfer import PeerClient
+from sectorfs.stores.whole_proof import WholeProof
 from sectorfs.stores.writing import SteadyWrites
 from sectorfs.types import Facts, MemberFacts, SectorFile
 
@@ -99,7 +99,7 @@ class WholeFetches:
         source: PeerSource,
         file: SectorFile,
         facts: Facts,
-        proof: DirectoryProof,
+        proof: WholeProof,
         progress: Progress,
     ) -> None:
         """All files of a directory, one by one, and none is put into place before all came."""

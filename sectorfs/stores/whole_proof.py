@@ -1,7 +1,7 @@
-"""Proves a sector directory that comes file by file, whole: by its roll, or else at its end.
+"""Proves a whole sector file as it comes: a regular file, or the files of a directory.
 
-With the roll each file is judged when its last byte came. Without one, where nobody has it, the
-digest of the directory tells at the end of all, and nothing may be shown before.
+With its roll each file of a directory is judged when its last byte came. Without one the digest of
+the directory tells at the end of all, and nothing may be shown before; so it is of a regular file.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Hash = Callable[[Sequence[memoryview]], Awaitable[list[bytes]]]
 """The leaf hashes of parts of a file."""
 
 
-class DirectoryProof:
-    """What the files of one directory must be, and what those were that came."""
+class WholeProof:
+    """What one sector file must be, and what came of it; a regular file is named ``""`` here."""
 
     def __init__(self, name: str, digest: bytes, roll: Roll | None, compute: Hash) -> None:
         self.name = name
@@ -39,7 +39,7 @@ class DirectoryProof:
         if self._roll is not None:
             entry = self._roll.entry(member)
             if entry is None or entry.digest != made.digest:
-                raise WrongBytes(f"gave wrong bytes of {self.name}/{member}", giver)
+                raise _wrong(f"{self.name}/{member}", giver)
         self.manifests[member] = made
         return made
 
@@ -50,9 +50,18 @@ class DirectoryProof:
 
     def over(self, giver: str) -> None:
         """All of it came; `WrongBytes` unless that is what its digest says."""
+        alone = self.manifests.get("")
+        if alone is not None:
+            if alone.digest != self._digest:
+                raise _wrong(self.name, giver)
+            return
         entries = [(name, made.size, made.digest) for name, made in self.manifests.items()]
         if make_roll(entries).digest != self._digest:
-            raise WrongBytes(f"gave wrong bytes of a file of {self.name}", giver)
+            raise _wrong(f"a file of {self.name}", giver)
+
+
+def _wrong(name: str, giver: str) -> WrongBytes:
+    return WrongBytes(f"gave wrong bytes of {name}", giver)
 
 
 def whole_leaves(count: int) -> int:
