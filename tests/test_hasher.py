@@ -17,16 +17,21 @@ from sectorfs.config import HashConfig
 from sectorfs.index.catalog import Catalog
 from sectorfs.index.feed import Feed
 from sectorfs.index.protocol import Declaration, FsStat, StorageInfo
+from sectorfs.server.routes import make_handler
 from sectorfs.stores import hasher as hasher_module
 from sectorfs.stores import hashing, manifest, path_hasher
+from sectorfs.stores.hash_backlog import Backlog
 from sectorfs.stores.hasher import Hasher
 from sectorfs.stores.local import LocalStore
 from sectorfs.stores.local_path import LocalPath
 from sectorfs.stores.manifest import BLOCK, Manifest
 from sectorfs.stores.manifest_store import Key, ManifestStore
 from sectorfs.stores.manifest_sweep import ManifestSweep
-from sectorfs.stores.path_hasher import XATTR, PathHasher
+from sectorfs.stores.path_hasher import XATTR
+from sectorfs.stores.transfer import PeerClient
 from sectorfs.types import Facts, FileType, SectorFile, StorageID
+from sectorfs.wire.client import Client
+from sectorfs.wire.tokens import sign
 from tests.local_fixtures import (
     SwitchedIndex,
     make_path,
@@ -37,6 +42,9 @@ from tests.local_fixtures import (
     switched_index,
     until,
 )
+from tests.test_server_manifests import SECRET, no_rpc
+from tests.wire_fixtures import PATIENT, FolderFiles
+from tests.wire_fixtures import running as serving
 
 CONFIG = HashConfig(max_rate="0", idle=0.01, delay=0.001)
 SEALED = sector_file(FileType.SEALED, 1)
@@ -62,6 +70,7 @@ class Rig:
             index, holders=self.catalog.holders, declared=self.catalog.declared
         )
         self.manifests = ManifestStore(root / "manifests", deadline=5)
+        self.client = Client(PATIENT, token=sign(SECRET, ("read",)))
         self.hasher: Hasher
         self.feed = Feed(
             index,  # type: ignore[arg-type]  # a proxy
@@ -83,6 +92,7 @@ class Rig:
             config=config,
             paused=paused,
             urls=self.local.urls,
+            peers=PeerClient(self.client),
         )
         nursery.start_soon(self.hasher.run)
 
@@ -110,6 +120,7 @@ async def rig(
                 yield it
             nursery.cancel_scope.cancel()
         it.manifests.close()
+        it.client.close()
 
 
 def digest_of(data: bytes) -> bytes:
@@ -193,6 +204,71 @@ async def test_a_lost_manifest_is_made_again(tmp_path: Path, path: Path) -> None
         await until(again)
 
 
+@asynccontextmanager
+async def another_node(
+    it: Rig, file: SectorFile, data: bytes | dict[str, bytes]
+) -> AsyncIterator[ManifestStore]:
+    """A node that has a primary of a file that is here too, and its manifests."""
+    root = it.root / "other"
+    put(root, file, data)
+    files = FolderFiles(root, storage="away")
+    store = ManifestStore(it.root / "other manifests", deadline=5)
+    found = it.catalog.declared(file, it.path.storage)
+    assert found is not None
+    for name, content in data.items() if isinstance(data, dict) else [(None, data)]:
+        status = os.stat(root / str(file) / (name or ""))
+        key = Key(files.storage, file, name, status.st_size, status.st_mtime_ns)
+        await store.save(key, Manifest.of_leaves(len(content), manifest.leaf_hashes(content)))
+    handler = make_handler(
+        files,
+        secret=SECRET,
+        rpc=no_rpc,
+        health=dict,
+        status=str,
+        deadline=5,
+        manifests=store,
+    )
+    async with serving(handler) as port:
+        info = StorageInfo(storage=files.storage, urls=(f"http://127.0.0.1:{port}/remote",))
+        await it.index.attach(info, FsStat())
+        await it.index.declare([Declaration(file, files.storage, True, found)])
+        await until(lambda: it.catalog.declared(file, files.storage))
+        yield store
+    store.close()
+
+
+@pytest.mark.parametrize("file", [SEALED, CACHE])
+async def test_a_lost_manifest_comes_from_a_node_that_has_it(
+    tmp_path: Path, path: Path, file: SectorFile
+) -> None:
+    data: bytes | dict[str, bytes] = b"s" * 100_000 if file is SEALED else MEMBERS
+    put(path, file, data)
+    async with rig(tmp_path, path) as it:
+        await until(lambda: it.digest(file))
+        keys = [it.key(file, name) for name in (data if isinstance(data, dict) else [None])]
+        before = it.hasher.pace.meter.rate(trio.current_time() + 1e6)
+        async with another_node(it, file, data):
+            await it.manifests.remove(keys)
+            it.hasher.asked(file)
+            await until(lambda: _have(it, keys))
+        assert it.hasher.pace.meter.rate(trio.current_time() + 1e6) == before  # nothing was read
+
+
+async def test_a_manifest_that_proves_nothing_is_not_taken(tmp_path: Path, path: Path) -> None:
+    put(path, SEALED, b"one")
+    async with rig(tmp_path, path) as it:
+        await until(lambda: it.digest(SEALED))
+        async with another_node(it, SEALED, b"two"):
+            await it.manifests.remove([it.key(SEALED)])
+            it.hasher.asked(SEALED)
+            await until(lambda: _have(it, [it.key(SEALED)]))
+        assert await it.manifests.digests([it.key(SEALED)]) == [digest_of(b"one")]
+
+
+async def _have(it: Rig, keys: list[Key]) -> bool:
+    return all(await it.manifests.digests(keys))
+
+
 async def test_bytes_that_are_not_those_of_the_digest_are_told(
     tmp_path: Path, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -209,6 +285,11 @@ async def test_bytes_that_are_not_those_of_the_digest_are_told(
         assert it.digest(SEALED) == digest_of(b"one")
         assert await it.manifests.load(it.key(SEALED)) is None
         caplog.clear()
+        place.write_bytes(b"one")
+        os.utime(place, ns=(found.st_atime_ns, found.st_mtime_ns))
+        it.hasher.retry(SEALED)
+        await until(lambda: _have(it, [it.key(SEALED)]))
+        assert not it.hasher.status().bad
 
 
 async def test_a_copy_waits_for_the_digest_of_a_primary(tmp_path: Path) -> None:
@@ -389,21 +470,20 @@ async def test_nodes_that_share_a_storage_share_the_work(tmp_path: Path, path: P
             return status is not None and len(status.info.urls) == 2
 
         await until(is_shared)
-        hashers = []
-        for urls in ((other,), it.local.urls):
-            shared = msgspec.structs.replace(it.hasher._shared, urls=urls)
-            hashers.append(PathHasher(it.path, shared))
-        parts = [await _first_pass(one) for one in hashers]
+        backlogs = [
+            Backlog(it.path, it.catalog, it.manifests, urls) for urls in ((other,), it.local.urls)
+        ]
+        parts = [await _all_of(one) for one in backlogs]
         assert set(parts[0]) | set(parts[1]) == set(files)
         assert not set(parts[0]) & set(parts[1])
         assert all(parts)
-        hashers[0].pass_soon()
-        assert set(await _first_pass(hashers[0])) == set(files)  # the other node may be dead
+        backlogs[0].pass_soon()
+        assert set(await _all_of(backlogs[0])) == set(files)  # the other node may be dead
 
 
-async def _first_pass(one: PathHasher) -> list[SectorFile]:
+async def _all_of(backlog: Backlog) -> list[SectorFile]:
     found = []
-    while (file := await one._next()) is not None:
+    while (file := await backlog.next()) is not None:
         found.append(file)
     return found
 

@@ -181,6 +181,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             config=config.hash,
             paused=repo.hashing_paused(),
             urls=local.urls,
+            peers=peers,
         )
         hashing = LocalHashing(repo, hasher)
         caching = LocalCaching(catalog=catalog, feed=feed, store=store, keeper=keeper)

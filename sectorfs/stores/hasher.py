@@ -23,9 +23,11 @@ from sectorfs.index.protocol import SectorIndex
 from sectorfs.stores.hash_pace import HashPace
 from sectorfs.stores.hash_progress import HashProgress
 from sectorfs.stores.local_path import LocalPath
+from sectorfs.stores.manifest_adoption import Adoption
 from sectorfs.stores.manifest_store import ManifestStore
 from sectorfs.stores.manifest_sweep import ManifestSweep
 from sectorfs.stores.path_hasher import Current, PathHasher, Shared
+from sectorfs.stores.transfer import PeerClient
 from sectorfs.types import SectorFile, StorageID
 
 log = logging.getLogger(__name__)
@@ -71,6 +73,7 @@ class Hasher:
         config: HashConfig,
         paused: bool,
         urls: tuple[str, ...],
+        peers: PeerClient,
     ) -> None:
         self.pace = HashPace(rate=rate_of(config.max_rate), idle=config.idle, paused=paused)
         self._catalog = catalog
@@ -84,6 +87,7 @@ class Hasher:
             self.pace,
             config.xattr,
             urls,
+            Adoption(peers, catalog, frozenset(urls)),
         )
         self._delay = config.delay
         self._hashers: dict[StorageID, tuple[PathHasher, trio.CancelScope]] = {}
@@ -129,25 +133,39 @@ class Hasher:
         """Somebody asked for a manifest that is not here."""
         for hasher, _ in self._hashers.values():
             if self._catalog.declared(file, hasher.path.storage) is not None:
-                hasher.line.ask(file)
+                hasher.backlog.ask(file)
+                hasher.wake()
+
+    def retry(self, file: SectorFile) -> None:
+        """A file whose bytes were wrong was repaired."""
+        for hasher, _ in self._hashers.values():
+            if hasher.bad.pop(file, None) is not None:
+                hasher.backlog.retry(file)
                 hasher.wake()
 
     def changed(self, changes: Sequence[FileChange]) -> None:
         """The catalog changed."""
         if len(changes) > MANY:
             for hasher, _ in self._hashers.values():
-                hasher.pass_soon()
+                hasher.backlog.pass_soon()
+                hasher.wake()
             return
         for change in changes:
-            for hasher, _ in self._hashers.values():
-                hasher.note(change.file)
+            entry = self._catalog.entry(change.file)
+            for one in entry.declarations if entry is not None else ():
+                if one.storage in self._hashers:
+                    hasher, _ = self._hashers[one.storage]
+                    hasher.backlog.note(change.file)
+                    hasher.wake()
 
     def status(self) -> HashStatus:
         """How far it is."""
         hashers = [hasher for hasher, _ in self._hashers.values()]
         current = tuple(one.current for one in hashers if one.current is not None)
-        files = sum(one.left.files for one in hashers)
-        size = max(0, sum(one.left.size for one in hashers) - sum(one.done for one in current))
+        files = sum(one.backlog.left.files for one in hashers)
+        size = max(
+            0, sum(one.backlog.left.size for one in hashers) - sum(one.done for one in current)
+        )
         rate = 0.0 if self.pace.paused else self.pace.meter.rate(trio.current_time())
         return HashStatus(
             state=self._state(hashers, files),
@@ -157,15 +175,24 @@ class Hasher:
             seconds_left=size / rate if rate >= 1 else None,
             current=current,
             troubles=tuple(f"{one.path.path}: {one.trouble}" for one in hashers if one.trouble),
-            bad=tuple(text for one in hashers for text in one.bad.values()),
+            bad=tuple(text for one in hashers for text in self._bad(one)),
         )
+
+    def _bad(self, hasher: PathHasher) -> list[str]:
+        """What was said of files that are still there."""
+        storage = hasher.path.storage
+        return [
+            text
+            for file, text in hasher.bad.items()
+            if self._catalog.declared(file, storage) is not None
+        ]
 
     def _state(self, hashers: Sequence[PathHasher], files: int) -> State:
         if self.pace.paused:
             return "paused"
         if any(one.current is not None and not one.pace.waits for one in hashers):
             return "hashing"
-        counted = len(hashers) == len(self._paths()) and all(one.counted for one in hashers)
+        counted = len(hashers) == len(self._paths()) and all(one.backlog.counted for one in hashers)
         return "idle" if counted and not files else "waiting"
 
 

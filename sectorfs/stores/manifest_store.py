@@ -29,7 +29,7 @@ from sectorfs.stores.lanes import Lane
 from sectorfs.stores.manifest import HEADER, Manifest
 from sectorfs.stores.metadata import write_atomically
 from sectorfs.stores.protocol import OpenFile
-from sectorfs.types import SectorFile, StorageID
+from sectorfs.types import Facts, SectorFile, StorageID
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,13 @@ class Key(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return f"{self.file}/{self.member}" if self.member else str(self.file)
+
+
+def keys_of(storage: StorageID, file: SectorFile, facts: Facts) -> list[Key]:
+    """The keys of a regular file, or of each file of a directory."""
+    if facts.members is None:
+        return [Key(storage, file, None, facts.size, facts.mtime_ns)]
+    return [Key(storage, file, one.name, one.size, one.mtime_ns) for one in facts.members]
 
 
 def shard_of(file: SectorFile) -> str:

@@ -11,7 +11,7 @@ import trio
 from sectorfs.errors import SectorFSError
 from sectorfs.index.catalog import Catalog
 from sectorfs.stores.local_path import LocalPath
-from sectorfs.stores.manifest_store import Key, ManifestStore
+from sectorfs.stores.manifest_store import ManifestStore, keys_of
 from sectorfs.types import Facts, SectorFile, StorageID, parse_file_type, parse_sector
 
 PAUSE = 0.1
@@ -57,8 +57,4 @@ class ManifestSweep:
 
 def _names_of(storage: StorageID, file: SectorFile, facts: Facts | None) -> set[str]:
     """The names of the manifests that a file with these facts has."""
-    if facts is None:
-        return set()
-    if facts.members is None:
-        return {Key(storage, file, None, facts.size, facts.mtime_ns).name}
-    return {Key(storage, file, one.name, one.size, one.mtime_ns).name for one in facts.members}
+    return {key.name for key in keys_of(storage, file, facts)} if facts is not None else set()
