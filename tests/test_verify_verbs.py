@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -118,6 +119,26 @@ def test_files_are_unproved_then_ok_then_damaged(pair: Pair, say: Say) -> None:
     assert (one["state"], one["blocks"]) == ("damaged", 3)
     assert one["ranges"] == [[BLOCK, 2 * BLOCK], [3 * BLOCK, 5 * BLOCK]]
     assert path.stat().st_mtime_ns == OLD_NS, "nothing is written"
+
+
+def test_a_thousand_bits_are_found_in_one_run(pair: Pair, say: Say) -> None:
+    names = [f"piece/s-t00-{number}" for number in range(1, 7)]
+    size = 24 * BLOCK + 12_345
+    for name in names:
+        put(pair.disk / name, noise(name, size))
+    until("all of them", lambda: say("storage", "list", "--json").out.count('"piece": 6') == 1)
+    fine(say("sector", "verify", "--all"))
+    draw = random.Random(1000)
+    bits = {(draw.choice(names), draw.randrange(8 * size)) for _ in range(1000)}
+    for name, bit in bits:
+        flip(pair.disk / name, bit)
+    found = say("sector", "verify", "--all", "--json")
+    assert found.code == 1
+    ranges = {
+        f"{one['file_type']}/{one['sector']}": one["ranges"] for one in found.json()["findings"]
+    }
+    for name, bit in bits:
+        assert any(start <= bit // 8 < end for start, end in ranges[name])
 
 
 def test_a_directory_is_one_line_while_it_is_well(pair: Pair, say: Say) -> None:
