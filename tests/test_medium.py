@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import trio
 
 from sectorfs.errors import DiskError, NotFound, Stale, StorageUnavailable
 from sectorfs.stores.lanes import Lane
@@ -150,3 +151,21 @@ async def test_a_disk_that_fails_or_hangs_says_so(tmp_path: Path) -> None:
 def test_buffers_are_aligned_for_direct_reads() -> None:
     assert mmap.PAGESIZE % 4096 == 0
     assert CHUNK % BLOCK == 0
+
+
+@pytest.mark.mount
+async def test_a_read_that_was_given_up_disturbs_no_later_one(tmp_path: Path) -> None:
+    """Its thread still has its buffer, into which it writes whenever the disk answers."""
+    data = noise("medium", 2 * BLOCK)
+    with hung_disk(tmp_path) as disk:
+        (disk.source / "file").write_bytes(data)
+        async with opened(disk.path / "file") as medium:
+            await medium.hashes(0, BLOCK)
+            disk.hang("read")
+            with trio.move_on_after(0.1) as scope:
+                await medium.hashes(0, BLOCK)
+            assert scope.cancelled_caught
+            disk.go()
+            for _ in range(3):
+                found = await medium.hashes(BLOCK, BLOCK)
+                assert found.leaves == leaf_hashes(data[BLOCK:])
