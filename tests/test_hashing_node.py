@@ -76,7 +76,8 @@ def test_a_pause_holds_over_a_restart(node: Node) -> None:
     until("the file to be counted", lambda: node.json("hash", "status")["left_files"] == 1)
     assert node.json("hash", "status")["state"] == "paused"
     assert node.json("hash", "resume")["paused"] is False
-    until("the file to be hashed", lambda: is_idle(node))
+    until("the file to be hashed", lambda: metric(node, "sectorfs_hashed_bytes_total") == MIB)
+    until("nothing to be left", lambda: is_idle(node))
     assert node.stop() == 0
     assert node.call("hash", "status") == "hashing: no node runs\n"
 
@@ -87,13 +88,15 @@ def test_a_node_that_is_killed_goes_on_where_it_was(node: Node) -> None:
     put(disk / "sealed/s-t01000-2", noise("two", MIB))
     node.start()
     attach(node, disk)
-    until("the files to be hashed", lambda: is_idle(node))
+    hashed = "sectorfs_hashed_bytes_total"
+    until("the files to be hashed", lambda: metric(node, hashed) == 2 * MIB)
+    until("nothing to be left", lambda: is_idle(node))
     node.kill()
     put(disk / "sealed/s-t01000-3", noise("three", MIB))
     node.start()
-    until("the new file to be hashed", lambda: metric(node, "sectorfs_hashed_bytes_total") == MIB)
+    until("the new file to be hashed", lambda: metric(node, hashed) == MIB)
     until("nothing to be left", lambda: is_idle(node))
-    assert metric(node, "sectorfs_hashed_bytes_total") == MIB
+    assert metric(node, hashed) == MIB
 
 
 def test_bad_settings_are_named(tmp_path: Path) -> None:
