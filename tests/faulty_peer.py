@@ -376,12 +376,13 @@ def elsewhere(peer: FaultyPeer, connection: socket.socket, asked: Asked, answer:
     if len(asked.spans) == 1 and isinstance(answer.body[0], tuple):
         offset, length = asked.spans[0]
         fd, _ = answer.body[0]
-        size = int(answer.headers["content-range"].rpartition("/")[2])
+        (extent,) = (name for name in answer.headers if name.lower() == "content-range")
+        size = int(answer.headers[extent].rpartition("/")[2])
         other = (
             offset - length if offset >= length else min(offset + length, size - length),
             length,
         )
-        answer.headers["content-range"] = _extent(other, size)
+        answer.headers[extent] = _extent(other, size)
         answer.body = [(fd, other)]
     good(peer, connection, asked, answer)
 
@@ -431,6 +432,22 @@ def saying(status: str) -> Fault:
         good(peer, connection, asked, Answer(status, {}, [], 0))
 
     return fault
+
+
+FAULTS: dict[str, Fault | None] = {
+    "is silent": silent,
+    "sends a byte a second": dripping,
+    "stalls half way": stalls_after(50_000),
+    "closes at once": closes_after(0),
+    "closes half way": closes_after(50_000),
+    "sends more": with_length(1000),
+    "sends less": with_length(-1000),
+    "sends another range": elsewhere,
+    "fails": saying("500 Internal Server Error"),
+    "has it not": saying("404 Not Found"),
+    "is dead": None,
+}
+"""What a source may do wrong, as it is said of one that does."""
 
 
 @contextmanager

@@ -36,17 +36,13 @@ from tests.cluster_fixtures import (
     with_index,
 )
 from tests.faulty_peer import (
-    Fault,
+    FAULTS,
     FaultyPeer,
-    closes_after,
     dripping,
-    elsewhere,
     faulty_peers,
-    saying,
     silent,
     silent_from,
     stalls_after,
-    with_length,
 )
 from tests.hung_disk import HungDisk, hung_disk
 
@@ -59,19 +55,6 @@ BLOCK = 4096
 SLOW = 60.0
 """Deadlines of the node whose readers are killed."""
 
-FAULTS: dict[str, Fault | None] = {
-    "is silent": silent,
-    "sends a byte a second": dripping,
-    "stalls half way": stalls_after(50_000),
-    "closes at once": closes_after(0),
-    "closes half way": closes_after(50_000),
-    "sends more": with_length(1000),
-    "sends less": with_length(-1000),
-    "sends another range": elsewhere,
-    "fails": saying("500 Internal Server Error"),
-    "has it not": saying("404 Not Found"),
-    "is dead": None,
-}
 CROWD = 6
 
 
