@@ -19,6 +19,7 @@ from sectorfs.stores.mending import Note
 from sectorfs.stores.scrub import Examined
 from sectorfs.types import FileType, StorageID
 from tests.cluster_fixtures import noise
+from tests.hung_disk import hung_disk
 from tests.local_fixtures import sector_file
 from tests.scrub_fixtures import SIZE, ScrubRig, cache_files, flip, scrub_rig, two_scrub_rigs
 
@@ -218,6 +219,28 @@ async def test_cancelled_it_leaves_no_lock_no_note_and_a_file_with_its_time(
     monkeypatch.undo()
     (found,) = (await copies.node.examine("bad", SEALED)).findings
     assert found.bad == (3,)
+
+
+@pytest.mark.mount
+async def test_blocks_that_stay_unreadable_are_not_called_repaired(tmp_path: Path) -> None:
+    piece = sector_file(FileType.PIECE, 7, miner=0)
+    data = noise("piece", 24 * BLOCK)
+    with hung_disk(tmp_path) as disk:
+        async with scrub_rig(tmp_path, "good") as node:
+            await node.parts.add("hung")
+            await node.sync()
+            await node.put("good", piece, data, hashed=True)
+            await node.put("hung", piece, data, hashed=True)
+            before = (disk.source / str(piece)).stat().st_mtime_ns
+            disk.fail("read", after=13 * BLOCK, only="hung-source/piece")
+            state, repaired, detail = told(await node.mend("hung", piece))
+            assert (state, repaired) == ("unreadable", False)
+            assert "Input/output error" in detail
+            disk.go()
+            assert await node.states("hung", piece) == {"": "ok"}
+            after = (disk.source / str(piece)).stat()
+            assert after.st_mtime_ns == before
+            assert (disk.source / str(piece)).read_bytes() == data
 
 
 # --- what power takes ---

@@ -240,6 +240,26 @@ async def test_a_command_takes_a_pass_over_and_the_schedule_goes_on_after_it(nod
         nursery.cancel_scope.cancel()
 
 
+async def test_a_fault_of_a_look_ends_no_node_and_is_tried_again(
+    node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    node.start(every=30 * DAY)
+    original = node.held.examine
+
+    async def fail(path: LocalPath, file: SectorFile, meter: Meter) -> Examined:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(node.held, "examine", fail)
+    notes = node.notes.of(node.parts.parts.ids["disk"])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(node.scrubber.run_schedule)
+        await until(lambda: notes.now is not None and "see the node's log" in notes.now.stopped)
+        monkeypatch.setattr(node.held, "examine", original)
+        await until(lambda: node.held.names() == [1, 2, 3, 4, 5, 6, 7, 8])
+        nursery.cancel_scope.cancel()
+    assert "ZeroDivisionError" in caplog.text
+
+
 # --- disks ---
 
 

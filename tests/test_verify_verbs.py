@@ -101,7 +101,7 @@ def test_files_are_unproved_then_ok_then_damaged(pair: Pair, say: Say) -> None:
     assert fine(say("sector", "verify", ONE)).out.startswith(f"{ONE} unproved, 8.0 MiB, on ")
     lines = fine(say("sector", "verify", "s-t01000-1")).out.splitlines()
     assert lines[0] == f"{ONE} ok, 8.0 MiB, on {pair.disk}"
-    assert lines[1].startswith("verified 1 sector files, 8.0 MiB in ")
+    assert lines[1].startswith("verified 1 sector file, 8.0 MiB in ")
     assert lines[1].endswith("/s: 1 ok")
     flip(path, 8 * BLOCK)
     flip(path, 8 * (3 * BLOCK + 70_000))

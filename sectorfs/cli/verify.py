@@ -131,8 +131,9 @@ def _print(report: VerifyReport, paths: dict[str, str]) -> None:
         )
     rate = output.size(int(report.bytes / max(report.seconds, 1e-3)))
     counts = ", ".join(f"{count} {state}" for state, count in report.states.items()) or "nothing"
+    files = f"{report.files} sector file{'' if report.files == 1 else 's'}"
     click.echo(
-        f"verified {report.files} sector files, {output.size(report.bytes)} "
+        f"verified {files}, {output.size(report.bytes)} "
         f"in {report.seconds:.1f} s, {rate}/s: {counts}"
     )
 

@@ -209,8 +209,9 @@ class Scrubber:
             try:
                 async with self.run(path.path) as run:
                     await self._pass(path, run, anew=False)
-            except SectorFSError as exc:
-                log.warning("the scrub of %s stops for now: %s", path.path, exc)
+            except Exception:  # a boundary: no fault in here may end the node
+                log.exception("the scrub of %s failed, and is tried again", path.path)
+                self.notes.of(path.storage).stop("failed unexpectedly: see the node's log")
             finally:
                 del self._scheduled[path.storage]
                 self._tell()
