@@ -9,14 +9,25 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from sectorfs.stores import fr32, rle
+from sectorfs.stores.manifest import Manifest, leaf_hashes
 from sectorfs.stores.rle import Runs
 from tests.cli_fixtures import Say, refused, sayer
 from tests.cluster import SECTORFS, Node, cluster, until, write
-from tests.cluster_fixtures import attach, configure, false_peer, locations, octets
+from tests.cluster_fixtures import (
+    attach,
+    configure,
+    facts_of,
+    false_peer,
+    locations,
+    octets,
+    put,
+)
 from tests.cluster_fixtures import declare_at as declare
+from tests.faulty_peer import Flipping, faulty_peers
 
 SIZE = 8 << 20
 END = fr32.unpadded(SIZE)
@@ -249,3 +260,29 @@ def test_offset_and_size_must_be_said(say: Say) -> None:
     refused(say("sector", "piece", "s-t01000-1", "--offset", "0"), 2, "--size")
     refused(say("sector", "piece", "s-t01000-1", "--size", "0"), 2, "--offset")
     refused(say("sector", "piece", "--size", "0", "--offset", "0"), 2, "SECTOR")
+
+
+def test_wrong_bits_of_a_node_are_never_written(pair: Pair, tmp_path: Path) -> None:
+    name = "unsealed/s-t01000-6"
+    made = Manifest.of_leaves(SIZE, leaf_hashes(PADDED))
+    with faulty_peers(tmp_path / "peers", "a bad", "b good") as peers:
+        for peer in peers:
+            put(peer.root / name, PADDED)
+            peer.prove(name, made)
+            facts = msgspec.structs.replace(facts_of(peer.root / name), digest=made.digest)
+            declare(pair.asker, peer.root.name.replace(" ", "-"), peer.url, {name: facts})
+        until("the sector", lambda: len(locations(pair.asker, name)) == 2)
+        flips = peers[0].fault = Flipping(lambda number, first: True)
+        result = subprocess.run(
+            command(pair.asker, "s-t01000-6", 100, END - 200), capture_output=True, timeout=60
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == CLIENT[100 : END - 100]
+        assert flips.flipped
+        peers[1].die()
+        result = subprocess.run(
+            command(pair.asker, "s-t01000-6", 100, 1000), capture_output=True, timeout=60
+        )
+        assert result.returncode != 0
+        assert result.stdout == b""
+        assert b"gave wrong bytes of unsealed/s-t01000-6" in result.stderr
