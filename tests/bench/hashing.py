@@ -1,7 +1,9 @@
 """Hashing a file of a path that lies in the page cache, beside the blake3 library alone on it.
 
-Ours reads the file into buffers and hashes every leaf by itself; the library maps it and hashes all
-of it as one, with as many threads as it likes.
+The library hashes all of it as one, with as many threads as it likes, either out of a buffer or, as
+`b3sum` does, out of a mapping. Mapped pages need not be copied, which makes it faster than any
+program that reads; but a mapped file that is cut short kills the process, and a node must outlive
+whatever becomes of its files. So what is promised is promised beside the library that reads.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from tests.bench.stage import BIG, BIG_FILE, Stage
 
 MB = 1e6
 PROMISED = 0.8
+READ = 1 << 20
+"""Bytes read at a time: the fastest of 256 KiB to 16 MiB."""
 
 
 def ours(stage: Stage) -> float:
@@ -29,11 +33,23 @@ def ours(stage: Stage) -> float:
     return BIG / MB / (time.perf_counter() - began)
 
 
-def library(stage: Stage) -> float:
-    """One hash of the whole file."""
+def mapped(stage: Stage) -> float:
+    """One hash of the whole file out of a mapping of it."""
     path = _warm(stage)
     began = time.perf_counter()
     blake3(max_threads=blake3.AUTO).update_mmap(path).digest()
+    return BIG / MB / (time.perf_counter() - began)
+
+
+def read(stage: Stage) -> float:
+    """The same out of a buffer that it is read into."""
+    path = _warm(stage)
+    began = time.perf_counter()
+    hasher, buffer = blake3(max_threads=blake3.AUTO), bytearray(READ)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            hasher.update(memoryview(buffer)[:count])
+    hasher.digest()
     return BIG / MB / (time.perf_counter() - began)
 
 
@@ -71,6 +87,6 @@ WORKS: tuple[Work[Stage], ...] = (
         "hash a file from memory",
         "MB/s",
         Side("sectorfs", ours),
-        (Side("blake3 alone", library, PROMISED),),
+        (Side("blake3 alone, read", read, PROMISED), Side("blake3 alone, mapped", mapped)),
     ),
 )
