@@ -279,6 +279,27 @@ async def test_another_file_keeps_its_time(copies: Copies, changes: dict[str, in
     assert await recovered(copies, note_of(copies.file, 5, **changes)) == now
 
 
+@pytest.mark.mount
+async def test_a_disk_that_hangs_holds_up_no_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sectorfs.stores.mending.RECOVERY_SECONDS", 0.2)
+    with hung_disk(tmp_path) as disk:
+        async with scrub_rig(tmp_path) as node:
+            (disk.source / "file").write_bytes(b"file")
+            notes = tmp_path / "repo" / "scrub" / "repairs"
+            notes.mkdir(parents=True)
+            (notes / "1.json").write_bytes(note_of(disk.path / "file", 5))
+            disk.hang("open")
+            with trio.fail_after(10):
+                await node.mender.recover()
+            assert (notes / "1.json").exists(), "the next start tries again"
+            disk.go()
+            await node.mender.recover()
+            assert (disk.source / "file").stat().st_mtime_ns == 5
+            assert not (notes / "1.json").exists()
+
+
 @pytest.mark.parametrize("note", [b"", b"{}", b"\xff", b'{"path": 1}'])
 async def test_notes_that_make_no_sense_are_set_aside(copies: Copies, note: bytes) -> None:
     now = copies.file.stat().st_mtime_ns

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from sectorfs.cli.sample import write_sector
 from sectorfs.stores.manifest import BLOCK
+from sectorfs.types import SectorID
 from tests.cli_fixtures import Say, fine, on_terminal, refused, sayer
 from tests.cluster import SECTORFS, Node, cluster, run, until, write_cache
 from tests.cluster_fixtures import (
@@ -154,6 +156,14 @@ def test_a_directory_is_one_line_while_it_is_well(pair: Pair, say: Say) -> None:
     assert lines[0].startswith(f"{CACHE}/p_aux damaged, 1 block: 0-63, on ")
     assert lines[1] == f"{CACHE}/t_aux incomplete, is not there, on {pair.disk}"
     assert lines[2].endswith(": 1 damaged, 1 incomplete, 1 ok")
+
+
+def test_a_sector_as_sealing_leaves_it_lacks_nothing(pair: Pair, say: Say) -> None:
+    write_sector(pair.disk, SectorID(1000, 1))
+    until("its three files", lambda: "cache" in say("storage", "find", "s-t01000-1").out)
+    until("all are known", lambda: say("sector", "verify", "s-t01000-1").out.count(", on ") == 3)
+    report = fine(say("sector", "verify", "s-t01000-1", "--json")).json()
+    assert report["states"] == {"ok": 9}
 
 
 def test_status_tells_what_was_found_until_it_is_well(pair: Pair, say: Say) -> None:

@@ -57,6 +57,8 @@ log = logging.getLogger(__name__)
 LEASE_SECONDS = 60.0
 LOCK_WAIT = 5.0
 """Seconds that a repair waits for whoever has its sector locked."""
+RECOVERY_SECONDS = 5.0
+"""So long a start waits for a disk with an unfinished repair; the next start tries again."""
 LONGEST_NS = 86_400 * 10**9
 """A repair takes less."""
 SLACK_NS = 10**10
@@ -199,9 +201,9 @@ class Mender:
             log.error("unfinished repairs cannot be looked for: %s", exc)
             return
         for where, note in notes.items():
-            lane = Lane(os.path.dirname(note.path), deadline=self._deadline)
+            lane = Lane(os.path.dirname(note.path), deadline=RECOVERY_SECONDS)
             try:
-                await lane.finish(partial(_put_back, note), what=f"recover {note.path}")
+                await lane.run(partial(_put_back, note), what=f"recover {note.path}")
                 await self._lane.run(partial(os.unlink, where), what="forget a repair")
             except SectorFSError as exc:
                 log.error("%s: an unfinished repair stays so: %s", note.path, exc)
