@@ -281,3 +281,16 @@ async def test_nothing_is_held_for_what_nobody_reads() -> None:
         late.close()
         peers.gate.set()
     assert not peers.proving.memory.used
+
+
+async def test_who_has_no_manifest_is_not_asked_first_each_time() -> None:
+    peers = Peers()
+    peers.failures = {A: NotFound("does not know manifests", "a")}
+    prover = peers.prover()
+    for block in range(3):
+        await passed(prover, piece(block * BLOCK, block * BLOCK + LEAF))
+    assert peers.asked.count(("outline", A)) == 1
+    assert [what for what, source in peers.asked if source == A] == ["outline"]
+    peers.failures = {B: NotFound("lost it", "b")}
+    await passed(prover, piece(3 * BLOCK, 3 * BLOCK + LEAF))
+    assert peers.asked[-2:] == [("leaves 3-4", B), ("leaves 3-4", A)]

@@ -40,6 +40,8 @@ ON_LOOP = 256 << 10
 ROLLS = 1024
 """Directories whose rolls are remembered."""
 
+WITHOUT_SECONDS = 10.0
+"""For so long a source that had no manifest is asked for one after the others."""
 AT_ONCE = 512
 """Blocks whose leaf hashes are asked for at once."""
 
@@ -142,6 +144,7 @@ class Prover:
         self._keeps_all = False
         self._closed = False
         self._asking = trio.Lock()
+        self._without: dict[PeerSource, float] = {}  # when sources gave no manifest
         self._failures = 0
         self._failure: NoProof | None = None
 
@@ -317,20 +320,29 @@ class Prover:
         self, ask: Callable[[PeerSource], Awaitable[T]], *, first: PeerSource | None = None
     ) -> T:
         """The answer of the first source that has one that is right."""
-        sources = [*self._sources()]
-        if first in sources:
-            sources.sort(key=lambda one: one != first)
         causes: dict[PeerSource, SectorFSError] = {}
-        for source in sources:
+        for source in self._givers(first):
             try:
-                return await ask(source)
+                found = await ask(source)
             except WrongBytes as exc:
                 causes[source] = exc
                 self._failed(source, exc)
             except SectorFSError as exc:
                 causes[source] = exc
                 log.debug("%s: no manifest from %s: %s", self.subject.name, source.url, exc)
+            else:
+                self._without.pop(source, None)
+                return found
+            self._without[source] = trio.current_time()
         raise NoProof("nobody has its manifest", self.subject.name, causes)
+
+    def _givers(self, first: PeerSource | None) -> list[PeerSource]:
+        """Whom to ask; those last that had none just now, as nodes of other programs never have."""
+        since = trio.current_time() - WITHOUT_SECONDS
+        return sorted(
+            self._sources(),
+            key=lambda one: (self._without.get(one, -math.inf) > since, one != first),
+        )
 
 
 def _sizes(facts: Facts) -> dict[str, int]:
