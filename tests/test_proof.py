@@ -26,8 +26,8 @@ spans = (
 )
 
 
-def known(*, memory: ProofMemory | None = None) -> Proof:
-    made = Proof("f", SIZE, MADE.digest, memory or ProofMemory())
+def known(name: str = "f", *, memory: ProofMemory | None = None) -> Proof:
+    made = Proof(name, SIZE, MADE.digest, memory or ProofMemory())
     made.take_outline(MADE.outline, "a")
     return made
 
@@ -177,22 +177,31 @@ def test_only_the_last_leaf_hashes_are_kept_where_no_copy_is_made(
 def test_what_was_not_used_for_longest_is_forgotten() -> None:
     one = len(MADE.outline.blocks)
     memory = ProofMemory(limit=2 * one)
-    first, second = known(memory=memory), known(memory=memory)
+    first, second = known("e", memory=memory), known("f", memory=memory)
     assert memory.used == 2 * one
     memory.uses(first)
-    third = known(memory=memory)
+    third = known("g", memory=memory)
     assert [proof.outline is not None for proof in (first, second, third)] == [True, False, True]
     assert memory.used == 2 * one
-    memory.leaves(third)
-    memory.leaves(third)
-    assert memory.used == one
     second.take_outline(MADE.outline, "a")
-    assert memory.used == 2 * one
+    assert [proof.outline is not None for proof in (first, second, third)] == [False, True, True]
+    assert memory.of("g", SIZE, MADE.digest) is third
+    assert memory.of("e", SIZE, MADE.digest) is not first
 
 
 def test_one_that_is_larger_than_the_memory_is_kept_alone() -> None:
     memory = ProofMemory(limit=1)
-    first = known(memory=memory)
+    first = known("e", memory=memory)
     assert first.outline is not None
-    second = known(memory=memory)
+    second = known("f", memory=memory)
     assert (first.outline, second.outline is not None) == (None, True)
+
+
+def test_two_that_were_begun_for_one_content_go_one_after_the_other() -> None:
+    one = len(MADE.outline.blocks)
+    memory = ProofMemory(limit=one)
+    first, second = (memory.of("f", SIZE, MADE.digest) for _ in range(2))
+    for proof in (first, second, first):
+        proof.take_outline(MADE.outline, "a")
+        assert memory.used == one
+    assert memory.of("f", SIZE, MADE.digest) is first

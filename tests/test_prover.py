@@ -266,21 +266,18 @@ async def test_much_is_hashed_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> No
     assert threads == ["hash what came"]
 
 
-async def test_nothing_is_held_for_what_nobody_reads() -> None:
+async def test_what_is_known_stays_for_who_opens_the_file_again() -> None:
     peers = Peers()
     prover = peers.prover()
+    prover.keep_all()
     await passed(prover, piece(0, LEAF))
-    assert peers.proving.memory.used
     prover.close()
-    assert not peers.proving.memory.used
-    late = peers.prover()
-    peers.gate = trio.Event()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(late.warm)
-        await wait_all_tasks_blocked()
-        late.close()
-        peers.gate.set()
-    assert not peers.proving.memory.used
+    again = peers.prover()
+    await passed(again, piece(LEAF, 2 * LEAF))
+    assert again.proof is prover.proof
+    assert again.proof is not None
+    assert not again.proof.keeps_all
+    assert peers.asked == [("outline", A), ("leaves 0-1", A)]
 
 
 async def test_who_has_no_manifest_is_not_asked_first_each_time() -> None:

@@ -38,26 +38,31 @@ _LEAVES = BLOCK // LEAF
 
 
 class ProofMemory:
-    """Bounds what the proofs of a node hold."""
+    """The proofs of a node, bounded: whoever opens a file again finds what was known of it."""
 
     def __init__(self, limit: int = NODE_MEMORY) -> None:
         self._limit = limit
+        self._proofs: dict[tuple[str, bytes], Proof] = {}
         self._held: dict[Proof, int] = {}  # not used for longest first
         self.used = 0
         """Bytes."""
 
+    def of(self, name: str, size: int, digest: bytes) -> Proof:
+        """What is known of a content, which may be nothing yet."""
+        found = self._proofs.get((name, digest))
+        return found if found is not None else Proof(name, size, digest, self)
+
     def uses(self, proof: Proof) -> None:
         """Count what a proof holds now, and let others go when it is too much."""
+        self._proofs.setdefault(proof.key, proof)
         self.used += proof.held - self._held.pop(proof, 0)
         self._held[proof] = proof.held
         while self.used > self._limit and len(self._held) > 1:
             oldest = next(iter(self._held))
-            self.leaves(oldest)
+            self.used -= self._held.pop(oldest)
+            if self._proofs.get(oldest.key) is oldest:
+                del self._proofs[oldest.key]
             oldest.forget()
-
-    def leaves(self, proof: Proof) -> None:
-        """Nobody needs it any more."""
-        self.used -= self._held.pop(proof, 0)
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -103,6 +108,11 @@ class Proof:
         """The hashes of its blocks; None while they are not known."""
         self._memory = memory
         self._leaves: dict[int, bytes] = {}  # of blocks, those that came first in front
+
+    @property
+    def key(self) -> tuple[str, bytes]:
+        """Which content of which file."""
+        return self.name, self.digest
 
     @property
     def held(self) -> int:
@@ -166,6 +176,12 @@ class Proof:
             return None
         leaves = b"".join([self._leaves[block] for block in range(block_count(self.size))])
         return Manifest(self.size, self.outline.blocks, leaves)
+
+    def relax(self) -> None:
+        """No copy is made any more."""
+        self.keeps_all = False
+        if self._leaves:
+            self._settle()
 
     def forget(self) -> None:
         """Let go of what can be asked for again."""

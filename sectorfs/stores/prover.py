@@ -142,7 +142,6 @@ class Prover:
         self._failed = failed
         self._proof: Proof | None = None  # None until the file's own digest is known
         self._keeps_all = False
-        self._closed = False
         self._asking = trio.Lock()
         self._without: dict[PeerSource, float] = {}  # when sources gave no manifest
         self._failures = 0
@@ -160,10 +159,9 @@ class Prover:
             self._proof.keeps_all = True
 
     def close(self) -> None:
-        """Nobody reads the file any more."""
-        self._closed = True
-        if self._proof is not None:
-            self._proving.memory.leaves(self._proof)
+        """Nobody reads the file any more; what is known of it stays for the next time."""
+        if self._proof is not None and self._keeps_all:
+            self._proof.relax()
 
     # --- what came ---
 
@@ -283,8 +281,8 @@ class Prover:
         subject = self.subject
         if self._proof is None:
             digest = await self.own_digest()
-            self._proof = Proof(subject.name, subject.size, digest, self._proving.memory)
-            self._proof.keeps_all = self._keeps_all
+            self._proof = self._proving.memory.of(subject.name, subject.size, digest)
+            self._proof.keeps_all |= self._keeps_all
         proof = self._proof
 
         async def ask(source: PeerSource) -> None:
@@ -293,8 +291,6 @@ class Prover:
 
         if proof.outline is None:
             await self._from_any(ask)
-        if self._closed:
-            self._proving.memory.leaves(proof)
         return proof
 
     async def _ask_roll(self, source: PeerSource) -> Roll:
