@@ -63,6 +63,10 @@ LONGEST_NS = 86_400 * 10**9
 """A repair takes less."""
 SLACK_NS = 10**10
 """What the clocks of files and of processes may differ by."""
+SYNC_EVERY = 64
+"""Blocks written between two syncs, so that none takes longer than a disk may be silent."""
+GIVE_UP = 8
+"""Blocks in a row that nobody has right, after which no more are asked for."""
 _MENDABLE = ("damaged", "unreadable")
 _BY_NAME = "is a primary copy: to repair it, name the sector and --type"
 
@@ -145,18 +149,42 @@ class Mender:
             writer = await _Writer.open(name, path.lane, wanted)
             try:
                 async with self._noted(writer):
-                    for block in finding.bad:
-                        await lock.keep()
-                        data = await self._others.block(
-                            subject, wanted.outline, block, lane=path.lane
-                        )
-                        await writer.write(block, data)
-                        metrics.REPAIRED_BLOCKS.inc()
-                        log.warning("%s: block %d repaired", name, block)
-                await _check(name, path.lane, finding.bad, wanted)
+                    written = await self._write_good(writer, lock, subject, finding.bad, wanted)
+                await _check(name, path.lane, written.blocks, wanted)
             finally:
                 writer.close()
                 self._on_repaired(file, finding.member)
+        log.warning("%s: %d of %d bad blocks repaired", name, len(written.blocks), len(finding.bad))
+        if written.failure is not None:
+            raise written.failure
+
+    async def _write_good(
+        self,
+        writer: _Writer,
+        lock: _HeldLock,
+        subject: Subject,
+        blocks: Sequence[int],
+        wanted: Wanted,
+    ) -> _Written:
+        """Replace what others have; nobody is asked for ever who has nothing."""
+        written, failures = _Written(), 0
+        for block in blocks:
+            await lock.keep()
+            try:
+                data = await self._others.block(subject, wanted.outline, block, lane=writer.lane)
+            except NoSource as exc:
+                written.failure = written.failure or exc
+                failures += 1
+                if failures == GIVE_UP:
+                    break
+                continue
+            failures = 0
+            await writer.write(block, data)
+            metrics.REPAIRED_BLOCKS.inc()
+            written.blocks.append(block)
+            if len(written.blocks) % SYNC_EVERY == 0:
+                await writer.sync()
+        return written
 
     @asynccontextmanager
     async def _locked(self, file: SectorFile) -> AsyncIterator[_HeldLock]:
@@ -219,6 +247,14 @@ class Mender:
         return found
 
 
+class _Written(msgspec.Struct):
+    """What became of the bad blocks of a file."""
+
+    blocks: list[int] = []
+    failure: NoSource | None = None
+    """Why others stay; the first of several reasons."""
+
+
 class _HeldLock:
     """The lock of a sector while it is held."""
 
@@ -239,7 +275,7 @@ class _Writer:
 
     def __init__(self, note: Note, lane: Lane, descriptor: Descriptor) -> None:
         self.note = note
-        self._lane = lane
+        self.lane = lane
         self._descriptor = descriptor
 
     @classmethod
@@ -281,7 +317,7 @@ class _Writer:
                 finally:
                     os.utime(fd, ns=(found.st_atime_ns, note.mtime_ns))
 
-        await self._lane.finish(call, what=f"repair {note.path}")
+        await self.lane.finish(call, what=f"repair {note.path}")
 
     async def sync(self) -> None:
         """Have all of it on the disk."""
@@ -290,7 +326,7 @@ class _Writer:
             with self._descriptor as fd:
                 os.fsync(fd)
 
-        await self._lane.finish(call, what=f"sync {self.note.path}")
+        await self.lane.finish(call, what=f"sync {self.note.path}")
 
     def close(self) -> None:
         """Close once the last thread that writes has left."""
