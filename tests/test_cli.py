@@ -37,10 +37,10 @@ STORAGE_KEYS = {
     *("healthy", "error", "last_heartbeat", "files"),
 }
 FILE_KEYS = {"file_type", "size", "mtime_ns", "state", "locations"}
-LOCATION_KEYS = {"storage", "primary", "urls", "path", "healthy"}
+LOCATION_KEYS = {"storage", "primary", "urls", "path", "healthy", "digest"}
 STATUS_KEYS = {
     *("running", "version", "pid", "repo", "api", "mount", "index", "storages", "files"),
-    *("fetches", "scans", "problems"),
+    *("fetches", "scans", "hashing", "verifying", "scrubs", "problems"),
 }
 RFC3339 = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
 
@@ -921,6 +921,16 @@ def test_status_for_people_shows_what_goes_on(capsys: pytest.CaptureFixture[str]
             )
         ],
         scans=[reports.ScanReport(path="/disk[1]", done=10)],
+        hashing=reports.HashReport(
+            state="hashing",
+            paused=False,
+            left_files=8000,
+            left_bytes=250 << 40,
+            rate=200_000_000,
+            seconds_left=1_374_390,
+        ),
+        verifying=[],
+        scrubs=[],
         problems=["storage [x]: sick"],
     )
     output.print_status(Console(width=120), report)
@@ -934,6 +944,7 @@ def test_status_for_people_shows_what_goes_on(capsys: pytest.CaptureFixture[str]
         "away for 62 s",
         "fetching cache/s-t01000-7/p_aux from http://[::1]:8480/remote #####............... 25%",
         "scanning /disk[1]: 10 entries",
+        "under way, 8000 files, 250.0 TiB left, 190.7 MiB/s, 15 days",
         "storage [x]: sick",
     ):
         assert words in text, text

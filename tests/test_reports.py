@@ -161,6 +161,7 @@ def test_sector_in_full() -> None:
                         "urls": ["http://two/remote"],
                         "path": None,
                         "healthy": False,
+                        "digest": None,
                     }
                 ],
             },
@@ -176,6 +177,7 @@ def test_sector_in_full() -> None:
                         "urls": ["http://one/remote"],
                         "path": "/disk/sealed/s-t01000-7",
                         "healthy": True,
+                        "digest": None,
                     },
                     {
                         "storage": "two",
@@ -183,6 +185,7 @@ def test_sector_in_full() -> None:
                         "urls": ["http://two/remote"],
                         "path": None,
                         "healthy": False,
+                        "digest": None,
                     },
                 ],
             },

@@ -10,7 +10,8 @@ from sectorfs.node.reports import HashReport
 
 
 @click.group("hash")
-def hashing() -> None:
+@common
+def hashing(settings: Settings) -> None:
     """The hashing of this node's files, which proves their bytes to readers elsewhere."""
 
 

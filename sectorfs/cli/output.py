@@ -114,6 +114,7 @@ def print_status(out: Console, status: reports.StatusReport) -> None:
         ("mount", mount),
         ("index", f"{status.index.url}: {index}, change {status.index.seq}"),
         ("open files", _open_files(status.files)),
+        ("hashing", hashing(status.hashing)),
     )
     for name, text in rows:
         out.print(f"[bold]{name:<11}[/]{_escape(text)}", highlight=False)
@@ -124,7 +125,6 @@ def print_status(out: Console, status: reports.StatusReport) -> None:
         out.print(f"fetching {name} from {_escape(fetch.source)} {bar(share)} {size(fetch.done)}")
     for scan in status.scans:
         out.print(f"scanning {_escape(scan.path)}: {scan.done} entries")
-    out.print(f"hashing {hashing(status.hashing)}", highlight=False)
     for scrub in status.scrubs:
         out.print(f"scrub of {_escape(scrub.path)}: {_escape(_scrub(scrub))}", highlight=False)
     for run in status.verifying:
@@ -140,12 +140,13 @@ def hashing(report: reports.HashReport) -> str:
     """One line on the manifests that are made."""
     if report.state == "stopped":
         return "paused; no node runs" if report.paused else "no node runs"
+    state = "under way" if report.state == "hashing" else report.state
     if not report.left_files and not report.current:
-        return f"{report.state}, nothing is left"
+        return f"{state}, nothing is left"
     left = f"{report.left_files} files, {size(report.left_bytes)} left"
     pace = f", {size(report.rate)}/s" if report.rate else ""
     ends = f", {duration(report.seconds_left)}" if report.seconds_left is not None else ""
-    return f"{report.state}, {left}{pace}{ends}"
+    return f"{state}, {left}{pace}{ends}"
 
 
 def duration(seconds: int) -> str:

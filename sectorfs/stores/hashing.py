@@ -108,7 +108,7 @@ class FileHash:
         known: bytes = b"",
         turn: Turn,
         keep: Callable[[int, bytes], Awaitable[object]],
-        progress: Callable[[Read], object],
+        progress: Callable[[Read], None],
         clock: Callable[[], float] = trio.current_time,
     ) -> None:
         """`known` are the leaf hashes of an earlier run, from the start of the file on.
@@ -156,7 +156,8 @@ class FileHash:
             start = self._next
             most = min(allowed, FAST_CHUNK if self._fast else CHUNK)
             end = min(start + max(LEAF, most // LEAF * LEAF), self._size)
-            if start >= end:
+            if start >= end:  # another worker took the last
+                self._progress(Read(0, allowed, 0.0))
                 return
             self._next = end
             self._under_way.add(start)
