@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +22,7 @@ from sectorfs.stores.rolls import make_roll
 from sectorfs.types import Facts, StorageID
 from tests.cluster import Node, cluster, until
 from tests.cluster_fixtures import (
+    LIMIT,
     configure,
     facts_of,
     metric,
@@ -31,7 +33,22 @@ from tests.cluster_fixtures import (
     timed,
     with_index,
 )
-from tests.faulty_peer import Fault, FaultyPeer, Flipping, faulty_peers, good
+from tests.faulty_peer import (
+    Answer,
+    Asked,
+    Fault,
+    FaultyPeer,
+    Flipping,
+    closes_after,
+    dripping,
+    elsewhere,
+    faulty_peers,
+    good,
+    saying,
+    silent,
+    stalls_after,
+    with_length,
+)
 
 pytestmark = pytest.mark.mount
 
@@ -252,6 +269,46 @@ def test_a_manifest_that_lies_is_had_from_the_next(scene: Scene, lie: object) ->
             assert os.pread(fd, 4096, leaf * LEAF) == LARGE[leaf * LEAF : leaf * LEAF + 4096]
     finally:
         os.close(fd)
+
+
+def about_manifests(fault: Fault) -> Fault:
+    """A fault of answers about manifests alone."""
+
+    def chosen(peer: FaultyPeer, connection: socket.socket, asked: Asked, answer: Answer) -> None:
+        (fault if "/manifest" in asked.path else good)(peer, connection, asked, answer)
+
+    return chosen
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        silent,
+        dripping,
+        stalls_after(40),
+        closes_after(0),
+        closes_after(40),
+        with_length(32),
+        with_length(-32),
+        elsewhere,
+        saying("500 Internal Server Error"),
+    ],
+)
+def test_manifests_that_do_not_come_cost_one_deadline(scene: Scene, fault: Fault) -> None:
+    (name,) = scene.hold(LARGE, scene.bad, scene.good, header=False)
+    scene.bad.fault = about_manifests(fault)
+    waits = []
+    fd, took = timed(lambda: os.open(scene.shown(name), os.O_RDONLY | os.O_DIRECT))
+    assert isinstance(fd, int), fd
+    waits.append(took)
+    try:
+        for leaf in (0, 300, len(LARGE) // LEAF - 5):
+            data, took = timed(lambda leaf=leaf: os.pread(fd, 4096, leaf * LEAF))
+            assert data == LARGE[leaf * LEAF : leaf * LEAF + 4096]
+            waits.append(took)
+    finally:
+        os.close(fd)
+    assert max(waits) < LIMIT, waits
 
 
 def test_without_any_manifest_the_whole_is_proved_before_it_is_shown(scene: Scene) -> None:
