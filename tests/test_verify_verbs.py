@@ -53,9 +53,8 @@ class Pair:
 
     def known(self, name: str) -> None:
         """Wait until both nodes know of a file."""
-        sector = name.split("/")[1]
         for node in (self.holder, self.keeper):
-            until(f"{name} at {node.name}", partial(_finds, node, sector))
+            until(f"{name} at {node.name}", partial(locations, node, name))
 
     def copy(self, name: str) -> Path:
         """Where the keeper has its copy."""
@@ -67,10 +66,6 @@ class Pair:
         self.holder.call("sector", "verify", name)
         self.keeper.call("sector", "fetch", name)
         return self.copy(name)
-
-
-def _finds(node: Node, sector: str) -> bool:
-    return run("storage", "find", sector, repo=node.repo.root).returncode == 0
 
 
 @pytest.fixture
@@ -280,7 +275,7 @@ def test_a_pass_that_was_stopped_goes_on(pair: Pair, say: Say) -> None:
     assert 1 <= scrub["files"] < 8
     pair.holder.stop()
     pair.holder.start()
-    until("the files", partial(_finds, pair.holder, "s-t00-8"))
+    until("the files", partial(locations, pair.holder, names[-1]))
     rest = fine(say("sector", "verify", "--storage", str(pair.disk), "--json")).json()
     assert rest["files"] == 8 - scrub["files"], "what was looked at is not looked at again"
     again = fine(say("sector", "verify", "--storage", str(pair.disk), "--restart", "--json")).json()
@@ -294,6 +289,16 @@ def test_a_terminal_shows_how_far_it_is(pair: Pair) -> None:
     assert code == 0
     assert f"{PIECE} unproved, 1.0 GiB" in screen
     assert "/1.0 GiB" in screen, "a bar with bytes came first"
+
+
+def test_while_the_index_is_away_what_is_known_is_verified(pair: Pair, say_keeper: Say) -> None:
+    copy = pair.fetched(ONE, noise("one", SIZE))
+    pair.holder.kill()
+    assert fine(say_keeper("sector", "verify", ONE)).out.startswith(f"{ONE} ok, ")
+    flip(copy, 5)
+    said = say_keeper("sector", "verify", ONE, "--repair")
+    assert said.code == 1
+    assert f"{ONE} damaged, 1 block: 0-{BLOCK - 1}, not repaired: " in said.out
 
 
 # --- what cannot be done ---

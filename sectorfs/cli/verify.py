@@ -22,7 +22,7 @@ from rich.progress import (
 
 from sectorfs.cli import output
 from sectorfs.cli.context import Settings, common, with_admin
-from sectorfs.cli.sectors import TypeName, parse_name, storage_named
+from sectorfs.cli.sectors import TypeName, parse_name
 from sectorfs.errors import BadInput, SectorFSError
 from sectorfs.node.admin import Admin
 from sectorfs.node.reports import VerifyingReport
@@ -63,7 +63,7 @@ def verify(
     """
     _check(names, storage, every=every, restart=restart, file_type=file_type)
     try:
-        report, paths = with_admin(
+        report = with_admin(
             settings,
             lambda admin: _verify(admin, names, storage, file_type, repair=repair, anew=restart),
         )
@@ -74,7 +74,7 @@ def verify(
     if settings.as_json:
         output.print_json(report)
     else:
-        _print(report, paths)
+        _print(report)
     well = all(state in WELL for state in report.states)
     return 0 if well and not report.stopped else 1
 
@@ -101,33 +101,31 @@ async def _verify(
     *,
     repair: bool,
     anew: bool,
-) -> tuple[VerifyReport, dict[str, str]]:
-    """What was found, and the paths of this node by storage."""
+) -> VerifyReport:
     parsed = [parse_name(name, file_type) for name in names]
-    chosen = await storage_named(admin, storage) if storage is not None else None
     order = VerifyOrder(
         files=[(kind.dir_name if kind else "", sector.name) for sector, kind in parsed],
         whole=not names,
-        storage=chosen,
+        storage=storage,
         file_type=file_type.dir_name if file_type is not None and not names else None,
         repair=repair,
         anew=anew,
     )
-    paths = {one.storage: one.path for one in await admin.storages() if one.path is not None}
     async with _shown(admin):
-        return await admin.verifying.verify(order), paths
+        return await admin.verifying.verify(order)
 
 
-def _print(report: VerifyReport, paths: dict[str, str]) -> None:
+def _print(report: VerifyReport) -> None:
     for _, group in groupby(
         report.findings, key=lambda one: (one.storage, one.file_type, one.sector)
     ):
-        _print_file(list(group), paths)
+        _print_file(list(group), report.paths)
     if report.more:
         click.echo(f"… and {report.more} more")
     for storage, why in report.stopped.items():
         click.echo(
-            f"{paths.get(storage, storage)} is not verified to the end: {_clean(why)}", err=True
+            f"{report.paths.get(storage, storage)} is not verified to the end: {_clean(why)}",
+            err=True,
         )
     rate = output.size(int(report.bytes / max(report.seconds, 1e-3)))
     counts = ", ".join(f"{count} {state}" for state, count in report.states.items()) or "nothing"

@@ -195,6 +195,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             manifests=manifests,
             turns=moves.turns,
             own_url=own_url,
+            caught_up=lambda: _caught_up(index, feed),
             on_repaired=lambda file, member: node.repaired(file, member),
         )
         admin = LocalAdmin(

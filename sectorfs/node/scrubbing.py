@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from sectorfs.config import Config, interval, rate_of
@@ -60,6 +60,7 @@ def make_scrubbing(
     manifests: ManifestStore,
     turns: Turns,
     own_url: str,
+    caught_up: Callable[[], Awaitable[None]],
     on_repaired: Callable[[SectorFile, str | None], object],
 ) -> Scrubbing:
     """The scrub over a node's parts."""
@@ -90,5 +91,5 @@ def make_scrubbing(
         rate=rate_of(config.scrub.max_rate),
         every=interval(config.scrub.every),
     )
-    verifying = LocalVerifying(scrubber=scrubber, catalog=catalog, local=local)
+    verifying = LocalVerifying(scrubber=scrubber, catalog=catalog, local=local, caught_up=caught_up)
     return Scrubbing(verifying, scrubber, mender)

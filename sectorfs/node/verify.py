@@ -6,12 +6,13 @@ was in stays where it is, and the next run goes on from there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Protocol, TypeVar
 
 import msgspec
 
-from sectorfs.errors import BadInput, NotFound
+from sectorfs.errors import BadInput, NotFound, Unreachable
 from sectorfs.index.catalog import Catalog
 from sectorfs.node.reports import ScrubReport, VerifyingReport, rfc3339
 from sectorfs.stores.local import LocalStore
@@ -25,7 +26,6 @@ from sectorfs.types import (
     SectorID,
     parse_file_type,
     parse_sector,
-    parse_storage_id,
 )
 from sectorfs.wire.jsonrpc import Method
 
@@ -47,6 +47,7 @@ class VerifyOrder(msgspec.Struct, frozen=True, kw_only=True):
     whole: bool = False
     """All files, of `storage` or of every storage of the node."""
     storage: str | None = None
+    """An id, or a path of the node."""
     file_type: str | None = None
     """Of `whole`: only these, which is no pass that could be gone on with."""
     repair: bool = False
@@ -69,6 +70,8 @@ class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
     """Findings beyond those, which are many."""
     stopped: dict[str, str]
     """Storages that could not be read to the end, and why."""
+    paths: dict[str, str]
+    """Of the node, by storage."""
 
 
 class Verifying(Protocol):
@@ -84,16 +87,27 @@ class Verifying(Protocol):
 class LocalVerifying:
     """The verbs, done here."""
 
-    def __init__(self, *, scrubber: Scrubber, catalog: Catalog, local: LocalStore) -> None:
+    def __init__(
+        self,
+        *,
+        scrubber: Scrubber,
+        catalog: Catalog,
+        local: LocalStore,
+        caught_up: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`caught_up` waits until the catalog knows all that the Index does, within reason."""
         self._scrubber = scrubber
         self._catalog = catalog
         self._local = local
+        self._caught_up = caught_up
 
     async def verify(self, order: VerifyOrder) -> VerifyReport:
         """See `Verifying.verify`; `NotFound` for what is not on this node."""
         if order.whole == bool(order.files):
             raise BadInput("names sectors or a storage, and not both", "verify")
         paths = self._paths(order.storage)
+        with suppress(Unreachable):  # what is known will do
+            await self._caught_up()
         exact = bool(order.files) and all(file_type for file_type, _ in order.files)
         what = self._what(order, paths)
         async with self._scrubber.run(
@@ -105,7 +119,7 @@ class LocalVerifying:
                 await self._scrubber.verify(run, self._of_type(order.file_type, paths))
             else:
                 await self._scrubber.scrub(run, paths, anew=order.anew)
-        return _report(run)
+        return _report(run, self._local.paths())
 
     async def verifying(self) -> list[VerifyingReport]:
         """See `Verifying.verifying`."""
@@ -131,8 +145,12 @@ class LocalVerifying:
     def _paths(self, storage: str | None) -> list[LocalPath]:
         if storage is None:
             return list(self._local.paths())
-        known = _parsed(parse_storage_id, storage)
-        found = [path for path in self._local.paths() if path.storage == known]
+        name = storage.rstrip("/") or storage
+        found = [
+            path
+            for path in self._local.paths()
+            if path.storage == storage or name in (path.path, path.real)
+        ]
         if not found:
             raise NotFound("is no storage path of this node", storage, "ask the node that has it")
         return found
@@ -180,7 +198,7 @@ def _parsed(parse: Callable[[str], T], text: str) -> T:
         raise BadInput(str(exc), text[:200]) from exc
 
 
-def _report(run: Run) -> VerifyReport:
+def _report(run: Run, paths: Sequence[LocalPath]) -> VerifyReport:
     return VerifyReport(
         files=run.files,
         bytes=run.bytes,
@@ -189,6 +207,7 @@ def _report(run: Run) -> VerifyReport:
         findings=run.findings,
         more=run.more,
         stopped={str(storage): why for storage, why in run.stopped.items()},
+        paths={path.storage: path.path for path in paths},
     )
 
 
