@@ -207,7 +207,9 @@ class FolderFiles:
 
     async def excerpt(self, file: SectorFile, member: str | None, spans: Spans) -> Excerpt:
         path = self.root / file.file_type.dir_name / file.sector.name / (member or "")
-        return await self.lane.run(lambda: read_excerpt(str(path), spans, self.storage), what="open")
+        return await self.lane.run(
+            lambda: read_excerpt(str(path), spans, self.storage), what="open"
+        )
 
     async def open_directory(
         self, file: SectorFile, *, only: Container[str] | None
