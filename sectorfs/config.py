@@ -20,6 +20,8 @@ _Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 Passthrough = Literal["auto", "off", "require"]
 """Whether the kernel is to read large local files past the daemon."""
 
+SectorSize = Literal["2KiB", "8MiB", "512MiB", "32GiB", "64GiB"]
+
 FetchPolicy = Literal["stream", "fill", "open"]
 """How remote files are read: see `stores.fetch_rules`."""
 
@@ -79,6 +81,8 @@ class MountConfig(_Section, frozen=True):
     gid: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 2)] = 0
     types: tuple[str, ...] = ()
     """Type directories shown even while empty, beside ``unsealed``, ``sealed``, ``cache``."""
+    sector_size: SectorSize = "32GiB"
+    """What files are shown with whose size nobody told, nor that of any sector of their miner."""
     passthrough: Passthrough = "auto"
     """Read local files of 1 MiB and more past the daemon; ``require``: or do not mount."""
     passthrough_storages: dict[str, Passthrough] = {}

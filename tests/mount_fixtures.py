@@ -186,7 +186,8 @@ class DirectoryStore:
         raise NotFound("nobody declares it", file)
 
     async def learn(self, file: SectorFile) -> None:
-        raise NoSource("nobody tells of its files", file)
+        if file.file_type.is_directory:
+            raise NoSource("nobody tells of its files", file)
 
     def state(self, file: SectorFile) -> State:
         return self.states.get(file, "local")
@@ -257,6 +258,7 @@ class World:
             self.store,
             config or MountConfig(uid=7, gid=8),
             cutoff=50,
+            guess=lambda file: 0,
             local_path=self.local_path,
             is_pinned=lambda file: False,
             filesystem=lambda storage: None,

@@ -63,13 +63,14 @@ def print_why(out: Console, report: WhyReport) -> None:
     else:
         out.print(f"read from {_shown(report.where)}, {report.how}", highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("storage", "copy", "where", "verdict", "last failure"):
+    for heading in ("storage", "copy", "where", "node", "verdict", "last failure"):
         table.add_column(heading, overflow="fold", no_wrap=heading == "copy")
     for way in report.sources:
         table.add_row(
             _shown(way.storage),
             "primary" if way.primary else "copy",
             _shown(way.where) or "-",
+            way.node or "-",
             "[green]read[/]" if way.chosen else _shown(way.against),
             _failure(way),
         )

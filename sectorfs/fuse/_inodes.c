@@ -586,7 +586,8 @@ static struct Page {
     PyObject *type, *error, *trace; /* what a row raised */
 } *page;
 
-static int read_row(const struct Page *from, PyObject *row, Inode *key)
+/* The key of a row, and the size it shows: what nobody told is a guess, and no part of the key. */
+static int read_row(const struct Page *from, PyObject *row, Inode *key, int64_t *shown)
 {
     memset(key, 0, sizeof *key);
     if (!PyTuple_Check(row) || PyTuple_GET_SIZE(row) != 5) {
@@ -600,12 +601,15 @@ static int read_row(const struct Page *from, PyObject *row, Inode *key)
         read_number(PyTuple_GET_ITEM(row, 3), &key->mtime_ns) < 0)
         return -1;
     key->told = PyTuple_GET_ITEM(row, 4) == Py_True;
+    *shown = from->is_directory ? 0 : key->size;
+    if (!key->told || from->is_directory)
+        key->size = 0;
     if (!key->told)
-        key->size = key->mtime_ns = 0;
+        key->mtime_ns = 0;
     return 0;
 }
 
-static void set_attributes(const Inode *key, struct fuse_entry_param *entry)
+static void set_attributes(const Inode *key, int64_t size, struct fuse_entry_param *entry)
 {
     int64_t seconds = key->mtime_ns / 1000000000, rest = key->mtime_ns % 1000000000;
 
@@ -614,8 +618,8 @@ static void set_attributes(const Inode *key, struct fuse_entry_param *entry)
     entry->attr.st_mtim.tv_sec = seconds;
     entry->attr.st_mtim.tv_nsec = rest;
     entry->attr.st_atim = entry->attr.st_ctim = entry->attr.st_mtim;
-    entry->attr.st_size = key->size;
-    entry->attr.st_blocks = key->size / 512 + (key->size % 512 != 0);
+    entry->attr.st_size = size;
+    entry->attr.st_blocks = size / 512 + (size % 512 != 0);
     if (!key->told)
         entry->attr_timeout = entry->entry_timeout = 0;
 }
@@ -627,12 +631,11 @@ static int write_row(fuse_req_t req, char *buffer, const struct fuse_entry_param
     struct fuse_entry_param entry = *pattern;
     char name[NAME_ROOM];
     Inode key, *inode;
+    int64_t shown;
 
-    if (read_row(page, row, &key) < 0)
+    if (read_row(page, row, &key, &shown) < 0)
         return -1;
-    if (page->is_directory)
-        key.size = 0;
-    set_attributes(&key, &entry);
+    set_attributes(&key, shown, &entry);
     if (page->is_directory) /* its number does not change with what is in it */
         key.told = false, key.mtime_ns = 0;
     uint64_t number = number_of(page->table, &key, &inode);

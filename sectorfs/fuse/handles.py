@@ -206,6 +206,9 @@ class Handles:
         if key is None:
             raise Stale("no such inode", f"inode {number}", "open the file again")
         try:
+            if key.content is None:
+                await self._store.learn(key.file)
+                self._require_current(key)
             opened = await self._store.open(key.file, key.member)
             try:
                 await self._prove(key, opened)
@@ -363,6 +366,12 @@ class Handles:
             return self._files[handle]
         except KeyError:
             raise BadInput("no such file handle", handle) from None
+
+    def _require_current(self, key: InodeKey) -> None:
+        """`Stale` once it is known what the file is: then the name leads to another inode."""
+        if self._tree.current(key.file, key.member) != key:
+            self._invalidate(key.file, key.member)
+            raise Stale("is known better by now", key.file, "open the file again")
 
     async def _prove(self, key: InodeKey, opened: OpenFile | StreamFile) -> None:
         """Return when the opened bytes are the inode's content, else raise `Stale`."""

@@ -128,6 +128,7 @@ class SectorOperations(pyfuse3.Operations):
         config: MountConfig,
         *,
         cutoff: float,
+        guess: Callable[[SectorFile], int],
         local_path: xattrs.LocalPath,
         is_pinned: Callable[[SectorFile], bool],
         filesystem: Callable[[StorageID], Hashable | None],
@@ -151,7 +152,7 @@ class SectorOperations(pyfuse3.Operations):
             PageReply(pyfuse3.readdir_reply, pyfuse3.ReaddirToken(), pyfuse3.EntryAttributes())
         )
         """Names of type directories go to the kernel a page at a time, not one by one."""
-        self.tree = Tree(catalog, self.inodes, types=config.types)
+        self.tree = Tree(catalog, self.inodes, types=config.types, guess=guess)
         self.listings = Listings(self.tree, self.inodes, trio.current_time)
         self.notifications = Notifications(self.inodes, shown_types=self.tree.shown_types)
         invalidate: Invalidate = self.notifications.forget_name

@@ -137,10 +137,17 @@ class Tree:
     """The tree of one mount."""
 
     def __init__(
-        self, catalog: CatalogView, inodes: InodeTable, *, types: Collection[str] = ()
+        self,
+        catalog: CatalogView,
+        inodes: InodeTable,
+        *,
+        types: Collection[str] = (),
+        guess: Callable[[SectorFile], int] = lambda file: 0,
     ) -> None:
+        """`guess` tells how long a file probably is whose length nobody told."""
         self._catalog = catalog
         self._inodes = inodes
+        self._guess = guess
         self.always_shown = ALWAYS_SHOWN | {parse_file_type(name) for name in types}
         """Types whose directory exists even while it is empty."""
 
@@ -259,9 +266,20 @@ class Tree:
         """Names of a type's directory from position `start` on, after the dots, in bulk."""
         file_type, names = listing.file_type, listing.names
         assert file_type is not None
-        return self._catalog.listed(
+        rows = self._catalog.listed(
             file_type, cast("Sequence[SectorID]", names), start - DOTS, limit
         )
+        if file_type.is_directory or all(row is None or row[4] for row in rows):
+            return rows
+        return [row and self._guessed(file_type, row) for row in rows]
+
+    def _guessed(self, file_type: FileType, row: Row) -> Row:
+        """A row whose size is a guess unless somebody told it."""
+        miner, number, _, mtime_ns, told = row
+        if told:
+            return row
+        size = self._guess(SectorFile(file_type, SectorID(miner, number)))
+        return miner, number, size, mtime_ns, told
 
     def pattern(self, directory: int) -> Attributes:
         """What the names of a type's directory have in common."""
@@ -327,7 +345,7 @@ class Tree:
             mtime_ns, valid_for = (facts.mtime_ns, CACHED_FOR) if facts else (0, 0.0)
             return Attributes(number, _DIRECTORY_MODE, 2, 0, mtime_ns, valid_for)
         if key.content is None:
-            return Attributes(number, _FILE_MODE, 1, 0, 0, 0.0)
+            return Attributes(number, _FILE_MODE, 1, self._guess(key.file), 0, 0.0)
         return Attributes(number, _FILE_MODE, 1, key.content.size, key.content.mtime_ns)
 
 

@@ -41,6 +41,7 @@ from sectorfs.stores import metadata, storage_list
 from sectorfs.stores.cache import CacheKeeper
 from sectorfs.stores.cache_notes import CacheNotes
 from sectorfs.stores.copies import Copies
+from sectorfs.stores.guesses import Guesses
 from sectorfs.stores.hasher import Hasher
 from sectorfs.stores.lanes import Lane
 from sectorfs.stores.local import LocalStore
@@ -51,7 +52,7 @@ from sectorfs.stores.remote import RemoteStore
 from sectorfs.stores.space_ledger import SpaceLedger
 from sectorfs.stores.transfer import PeerClient
 from sectorfs.stores.wanted import Wanted
-from sectorfs.types import SectorFile, StorageID
+from sectorfs.types import SectorFile, StorageID, parse_size
 from sectorfs.wire.client import Client
 from sectorfs.wire.jsonrpc import Dispatcher
 from sectorfs.wire.messages import Limits
@@ -106,6 +107,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
         stack.callback(nursery.cancel_scope.cancel)
 
         catalog = Catalog()
+        guesses = Guesses(catalog, usual=parse_size(config.mount.sector_size))
         node: Node  # set before the feed runs
 
         def on_change(changes: Sequence[FileChange]) -> None:
@@ -171,6 +173,8 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             fetch=config.fetch,
             space=space,
             keeper=keeper,
+            guesses=guesses,
+            on_change=on_change,
             manifests=manifests,
         )
         hasher = Hasher(
@@ -261,6 +265,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
         await nursery.start(local.run)
         nursery.start_soon(keeper.run)
         nursery.start_soon(_settle, feed, store)
+        nursery.start_soon(store.learner.run)
         nursery.start_soon(hasher.run)
         old = [url for url in repo.advertised() if url != own_url]
         repo.write_advertised([*old, own_url])
@@ -288,7 +293,7 @@ async def open_node(repo: Repo, config: Config, mountpoint: Path | None) -> Asyn
             )
         )
         if mountpoint is not None:
-            await _mount(stack, node, mountpoint)
+            await _mount(stack, node, mountpoint, guesses)
         yield node
 
 
@@ -309,13 +314,14 @@ def _check_place(
             raise Refused(f"lies inside {path}", mountpoint, "choose a directory of its own")
 
 
-async def _mount(stack: AsyncExitStack, node: Node, mountpoint: Path) -> None:
+async def _mount(stack: AsyncExitStack, node: Node, mountpoint: Path, guesses: Guesses) -> None:
     config = node.config
     node.operations = SectorOperations(
         node.catalog,
         node.store,
         config.mount,
         cutoff=config.index.cutoff,
+        guess=guesses.size,
         local_path=node.admin.file_path,
         is_pinned=node.keeper.is_pinned,
         filesystem=node.local.filesystem,

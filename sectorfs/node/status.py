@@ -72,8 +72,9 @@ class Node:
         return self.operations.handles if self.operations is not None else None
 
     def on_change(self, changes: Sequence[FileChange]) -> None:
-        """The catalog changed: tell the kernel, and whoever hashes what is new."""
+        """The catalog changed: tell the kernel, who hashes what is new, and who asks about it."""
         self.hasher.changed(changes)
+        self.store.learner.noticed(changes)
         if self.operations is not None:
             self.operations.changed(changes)
 

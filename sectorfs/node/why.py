@@ -25,6 +25,8 @@ class WayReport(msgspec.Struct, kw_only=True):
     """The last thing that went wrong with this source, whichever file it was about."""
     failed_ago: float | None
     """Seconds since then."""
+    node: str | None
+    """What kind of node gives it; None for this one, and while that is not known."""
 
 
 class WhyReport(msgspec.Struct, kw_only=True):
@@ -105,4 +107,5 @@ def _way(prospect: Prospect, subject: Subject, *, chosen: bool, now: float) -> W
         against=prospect.against,
         failure=failure.text if failure else None,
         failed_ago=now - failure.at if failure else None,
+        node=prospect.node or None,
     )

@@ -18,6 +18,7 @@ from sectorfs import metrics
 from sectorfs.errors import (
     DiskError,
     NoProof,
+    NoRanges,
     NotFound,
     SectorFSError,
     SourceFailed,
@@ -35,8 +36,9 @@ from sectorfs.stores.places import Places
 from sectorfs.stores.provers import Provers
 from sectorfs.stores.ranking import Ranking
 from sectorfs.stores.transfer import PeerClient
+from sectorfs.stores.unmeasured import receive_unmeasured
 from sectorfs.stores.whole_fetches import WholeFetches
-from sectorfs.types import Facts, SectorFile
+from sectorfs.types import Facts, SectorFile, SectorID
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,8 @@ class Flight:
         """None unless every source failed."""
         self.facts: Facts | None = None
         """Those of the sector file whose bytes have come."""
+        self.source: sources.PeerSource | None = None
+        """That gave them."""
 
 
 class Flights:
@@ -84,6 +88,7 @@ class Flights:
         copies: Copies,
         room: CacheRoom,
         landed: Callable[[SectorFile, Facts], object],
+        sector_size: Callable[[SectorID], int],
     ) -> None:
         """`landed` is told of each file that came, and of the facts of its sector file."""
         self._nursery = nursery
@@ -96,6 +101,7 @@ class Flights:
         self._copies = copies
         self._room = room
         self._landed = landed
+        self._sector_size = sector_size
         self._flights: dict[tuple[SectorFile, str | None], Flight] = {}
 
     def fetches(self) -> list[Fetch]:
@@ -200,6 +206,7 @@ class Flights:
                 self._ranking.failed(file, source, exc)
             else:
                 self._ranking.answered(source)
+                flight.source = source
                 return None
         else:
             if member is not None and any(isinstance(exc, NotFound) for exc in causes):
@@ -232,8 +239,12 @@ class Flights:
             flight.facts = await self._receive_directory(source, flight, facts)
             return
         if facts is None:
-            with self._places.asking(source):
-                facts = await self._peers.facts(source.url, file)
+            try:
+                with self._places.asking(source):
+                    facts = await self._peers.facts(source.url, file)
+            except NoRanges:
+                flight.facts = await self._receive_unmeasured(source, flight)
+                return
         wanted = facts_of(facts, member)
         if wanted is None:
             raise NotFound(f"has no file {member!r}", file)
@@ -250,6 +261,26 @@ class Flights:
         ):
             await self._whole.file(source, file, wanted, digest, progress)
         flight.facts = facts
+
+    async def _receive_unmeasured(self, source: sources.PeerSource, flight: Flight) -> Facts:
+        file = flight.fetch.file
+        sector_size = flight.fetch.size = self._sector_size(file.sector)
+
+        def progress(done: int) -> None:
+            flight.fetch.done = done
+
+        async with (
+            self._places.place(source, Priority.AHEAD),
+            self._room.reserve(file, None, sector_size, needed=True),
+        ):
+            return await receive_unmeasured(
+                self._peers,
+                self._copies,
+                source,
+                file,
+                sector_size=sector_size,
+                progress=progress,
+            )
 
     async def _receive_directory(
         self, source: sources.PeerSource, flight: Flight, facts: Facts | None

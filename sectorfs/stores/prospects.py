@@ -41,6 +41,8 @@ class Prospect(msgspec.Struct, frozen=True):
     against: str = ""
     """Why it is not read; empty for the one that is."""
     failure: Failure | None = None
+    node: str = ""
+    """What kind of node gives it; empty for this one, and while that is not known."""
 
 
 class OwnPath(msgspec.Struct, frozen=True):
@@ -63,6 +65,8 @@ class Outlook(msgspec.Struct, frozen=True, kw_only=True):
     """Why it is asked last for a sector file; empty when it is not."""
     failure: Callable[[StorageID, str], Failure | None]
     """The last failure of a storage, here (no URL) or at a base URL."""
+    node: Callable[[str], str] = lambda url: ""
+    """What kind of node answers at a base URL; empty while that is not known."""
 
 
 def prospects(entry: Entry, outlook: Outlook) -> list[Prospect]:
@@ -111,7 +115,8 @@ def _key(one: Prospect) -> tuple[StorageID, str]:
 
 def _with_failure(one: Prospect, outlook: Outlook) -> Prospect:
     url = one.where if one.kind == "peer" else ""
-    return msgspec.structs.replace(one, failure=outlook.failure(one.storage, url))
+    node = outlook.node(url) if url else ""
+    return msgspec.structs.replace(one, failure=outlook.failure(one.storage, url), node=node)
 
 
 def _excluded(declaration: Declaration, other: str, outlook: Outlook) -> Iterator[Prospect]:

@@ -144,9 +144,9 @@ class SectorStore(Protocol):
         """
 
     async def learn(self, file: SectorFile) -> None:
-        """Find out which files a sector directory has that nobody told of; errors as `open`.
+        """Find out size and time, or the files, of a sector file that nobody told of.
 
-        The catalog knows them afterwards. Returns at once for anything else.
+        Returns once the catalog knows them; also without, where a copy on this node will tell.
         """
 
     def state(self, file: SectorFile) -> State:

@@ -67,6 +67,7 @@ class Ranking:
             paths={path.storage: OwnPath(path.path, path.error) for path in self._local.paths()},
             silent=silent,
             failure=lambda storage, url: self._failures.get((storage, url)),
+            node=lambda url: self._peers.kind(url) or "",
             barred=lambda file, source: str(self.bar(file, source) or ""),
         )
         return prospects(entry, outlook)

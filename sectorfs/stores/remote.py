@@ -42,6 +42,8 @@ from sectorfs.stores.carriers import PeerCarrier
 from sectorfs.stores.copies import Copies
 from sectorfs.stores.fetch_rules import is_streamed, may_fill
 from sectorfs.stores.flights import Fetch, Flights
+from sectorfs.stores.guesses import Guesses
+from sectorfs.stores.learning import Learner, OnChange
 from sectorfs.stores.local import LocalStore
 from sectorfs.stores.manifest_store import ManifestStore
 from sectorfs.stores.places import Places
@@ -89,6 +91,8 @@ class RemoteStore:
         fetch: FetchConfig,
         space: SpaceLedger | None = None,
         keeper: CacheKeeper | None = None,
+        guesses: Guesses | None = None,
+        on_change: OnChange = lambda changes: None,
         manifests: ManifestStore | None = None,
     ) -> None:
         self._catalog = catalog
@@ -110,6 +114,16 @@ class RemoteStore:
             failed=self._ranking.failed,
         )
         room = CacheRoom(copies, local, space, keeper)
+        guesses = guesses or Guesses(catalog, usual=0)
+        self.learner = Learner(
+            catalog=catalog,
+            index=index,
+            peers=peers,
+            ranking=self._ranking,
+            places=self._places,
+            on_change=on_change,
+        )
+        """Finds out what other programs' nodes did not tell."""
         self._announcer = Announcer(
             nursery,
             index,
@@ -128,6 +142,7 @@ class RemoteStore:
             copies=copies,
             room=room,
             landed=self._landed,
+            sector_size=guesses.sector_size,
         )
         self._streams = Streams(
             nursery,
@@ -176,10 +191,21 @@ class RemoteStore:
         raise self._no_source(file, member, causes)
 
     async def learn(self, file: SectorFile) -> None:
-        """Fetch a directory whose files nobody told of: there is no other way to know them."""
+        """Find out what a sector file is that nobody told of; see `SectorStore.learn`."""
         entry = self._catalog.entry(file)
-        if entry is None or entry.facts is not None or not file.file_type.is_directory:
+        if entry is None or entry.facts is not None:
             return
+        if file.file_type.is_directory:
+            await self._learn_directory(file)
+        elif not self._ranking.of(entry)[0] and not await self.learner.ask(file):
+            flight = await self._flights.fly(file, None)
+            if flight.causes is not None:
+                raise self._no_source(file, None, flight.causes)
+            if flight.source is not None and flight.facts is not None:
+                self.learner.found(file, flight.source.storage, flight.facts)
+
+    async def _learn_directory(self, file: SectorFile) -> None:
+        """Fetch it: there is no other way to know the files in it."""
         known = self._learned.get(file)
         if known is not None and await self._is_here(file, known):
             self._announcer.add(file, known.bare)  # the Index may have been away the first time
@@ -365,6 +391,8 @@ class RemoteStore:
                 if opened is not None:
                     return opened
             except (NoSource, Stale) as exc:
+                if _may_have_changed(exc):
+                    await self.learner.look_again(file)
                 if facts_of(self._facts(file), member) in (wanted, None):
                     if isinstance(exc, Stale):
                         raise
@@ -482,3 +510,9 @@ def _without_manifest(cause: BaseException) -> bool:
     return isinstance(cause, NoProof) and not all(
         isinstance(one, WrongBytes) for one in cause.causes
     )
+
+
+def _may_have_changed(failure: NoSource | Stale) -> bool:
+    """True when a source gave something else than was known of it."""
+    causes = failure.causes if isinstance(failure, NoSource) else (failure,)
+    return any(isinstance(cause, Stale | SourceFailed) for cause in causes)
