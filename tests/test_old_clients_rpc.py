@@ -181,6 +181,25 @@ def test_a_sector_is_declared_found_and_dropped(rpc: GoRpc) -> None:
     assert rpc.call("StorageFindSector", SECTOR, SEALED, SIZE, False) in (None, [])
 
 
+def test_cached_copies_are_found_only_where_nobody_has_the_primary_one(rpc: GoRpc) -> None:
+    """The lightest holder is asked first, and of a move only that one is told to delete."""
+    cache = {**FIRST_INFO, "ID": "cache", "Weight": 0, "CanSeal": False}
+    rpc.call("StorageAttach", cache, SPACE)
+    rpc.call("StorageDeclareSector", "cache", SECTOR, SEALED, False)
+    rpc.call("StorageDeclareSector", "first", SECTOR, SEALED, False)
+    assert _finds(rpc) == {"cache", "first"}
+    rpc.call("StorageDeclareSector", "late", SECTOR, SEALED, True)
+    assert _finds(rpc) == {"first", "late"}
+    rpc.call("StorageDropSector", "late", SECTOR, SEALED)
+    assert _finds(rpc) == {"cache", "first"}
+    rpc.call("StorageDropSector", "first", SECTOR, SEALED)
+    rpc.call("StorageDetach", "cache", FIRST_INFO["URLs"][0])
+
+
+def _finds(rpc: GoRpc) -> set[str]:
+    return {row["ID"] for row in rpc.call("StorageFindSector", SECTOR, SEALED, SIZE, False)}
+
+
 def test_a_sector_may_be_fetched_where_there_is_room(rpc: GoRpc) -> None:
     rpc.call("StorageDeclareSector", "late", SECTOR, SEALED, True)
     for name in ("first", "late"):

@@ -220,6 +220,17 @@ def found(
     return rows
 
 
+def without_caches(rows: Sequence[FoundStorage]) -> list[FoundStorage]:
+    """The holders of one type that another program should know of.
+
+    Its nodes ask the lightest storage first, and delete what they move only where they got it: from
+    a cached copy they would leave the primary one behind.
+    """
+    if not any(row.primary for row in rows):
+        return list(rows)
+    return [row for row in rows if row.primary or row.info.can_seal or row.info.can_store]
+
+
 def fetchers(
     sector: SectorID,
     types: Sequence[FileType],

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import trio
 
 from sectorfs.errors import BadInput, TooLarge, Unreachable
-from sectorfs.index import checks, lock_shapes, packed_shapes, shapes
+from sectorfs.index import checks, lock_shapes, packed_shapes, placement, shapes
 from sectorfs.index.lock_rpc import lock_methods
 from sectorfs.index.protocol import (
     Changes,
@@ -150,6 +150,8 @@ class _Server:
         self, sector: shapes.SectorShape, mask: int, sector_size: int, allow_fetch: bool
     ) -> list[shapes.SectorStorageInfoShape] | None:
         rows = await self._find(sector, mask, sector_size, allow_fetch)
+        if mask.bit_count() == 1:
+            rows = placement.without_caches(rows)
         return [shapes.from_found_as_lotus(row) for row in rows] or None
 
     async def find(
