@@ -31,6 +31,8 @@ PASS_EVERY = 3600.0
 """Seconds between two passes through the catalog; what changes meanwhile is told at once."""
 CHECK_EVERY = 86_400.0
 """Seconds between two passes that also look whether manifests of hashed files are still here."""
+LOOK_EVERY = 5.0
+"""Seconds between two looks at which nodes have a storage: who came or went changes the parts."""
 SLICE = 100
 """Sector files looked at in the catalog before others have their turn."""
 REFUSED_FOR = 86_400.0
@@ -79,6 +81,7 @@ class Backlog:
         self._next_pass = self._next_check = -1.0
         self._passing = self._checking = False
         self._others_too = False
+        self._shared_by: list[str] = []
         self._refused: dict[SectorFile, tuple[Facts, float]] = {}
         self._tell_left(Left())
 
@@ -122,8 +125,9 @@ class Backlog:
         self._next_pass = trio.current_time()
 
     def due(self) -> float:
-        """When there may be something to do again, after `next` found nothing."""
-        return min(self._next_pass, self._line.next_due() or self._next_pass)
+        """When to ask `next` again after it found nothing."""
+        soon = trio.current_time() + LOOK_EVERY
+        return min(soon, self._next_pass, self._line.next_due() or self._next_pass)
 
     async def next(self) -> SectorFile | None:
         """The next file; None when nothing is left but what is put off."""
@@ -183,12 +187,14 @@ class Backlog:
 
     async def _begin_pass(self, now: float) -> bool:
         """Begin a pass when it is time, and count what there is to do."""
-        if now < self._next_pass and not self._line.overflown:
+        urls = self._urls()
+        if now < self._next_pass and not self._line.overflown and urls == self._shared_by:
             return False
-        self._line.overflown = False
+        # What the others left in the meantime is left for good: they may be dead.
+        self._others_too = self.counted and urls == self._shared_by
+        self._line.overflown, self._shared_by = False, urls
         self._passing, self._cursor = True, None
         self._checking = now >= self._next_check
-        self._others_too = self.counted
         left, after = Left(), None
         while files := self._files(after):
             after = files[-1]
