@@ -243,7 +243,6 @@ def test_what_is_promised_is_measured() -> None:
         ("random-16", "bare files"): 0.85,
         ("faults", "bare files"): 0.85,
         ("proof", "bare files"): 0.8,
-        ("hash", "blake3 alone, read"): 0.8,
         ("open-1", "mergerfs"): 1.0,
         ("open-4", "mergerfs"): 0.5,
         ("ls-first", "mergerfs"): 8.0,
