@@ -302,10 +302,13 @@ def test_why_tells_where_a_file_is_read_from_and_what_failed(pair: Pair, say: Sa
         "against": "",
         "failure": None,
         "failed_ago": None,
+        "node": None,
     }
     told = fine(say("why", str(member), "--json")).json()
     assert (told["member"], told["size"], told["how"]) == ("p_aux", 64, "fetched whole first")
     fine(say("sector", "fetch", ONE))
+    ways = fine(say("why", ONE, "--json")).json()["sources"]
+    assert [way["node"] for way in ways] == [None, "sectorfs"]
     said = fine(say("why", ONE)).out
     assert f"read from {pair.cached(ONE)}, in place" in said
     assert "comes first" in said

@@ -17,7 +17,7 @@ import pytest
 from sectorfs.wire import tokens
 from tests.archive_fixtures import COMPLETE, FINALIZED, MTIME_NS, write_directory
 from tests.cluster import Node, cluster, tree, until
-from tests.cluster_fixtures import attach, configure, locations, noise, put, seen, state
+from tests.cluster_fixtures import attach, configure, locations, noise, put, seen, state, status
 from tests.faulty_peer import Answer, Asked, Fault, FaultyPeer, closes_after, silent
 from tests.old_peers import ERAS, Era, OldPeer, ends_after, old_peers
 
@@ -137,6 +137,9 @@ def test_the_whole_tree_of_a_node_of(tmp_path: Path, era: Era) -> None:
             whole = era == "sector-storage" and "cache" not in name
             assert known.st_mtime_ns == (0 if whole else MTIME_NS), name
         assert {one["node"] for one in why(it.reader, "sealed/s-t01000-7")} == {None, KINDS[era]}
+        [known] = [one for one in status(it.reader).storages if one.storage == peer.storage]
+        assert known.nodes == {peer.url: KINDS[era]}
+        assert KINDS[era] in it.reader.call("storage", "list")
 
 
 @pytest.mark.parametrize("era", MODERN)

@@ -106,6 +106,7 @@ def test_storage_in_full() -> None:
         "error": None,
         "last_heartbeat": "2023-11-14T22:13:20.123Z",
         "files": {"unsealed": 3, "cache": 2},
+        "nodes": {},
     }
 
 

@@ -65,7 +65,7 @@ def storage_table(storages: list[reports.StorageReport]) -> Table:
         counts = " ".join(f"{name}:{count}" for name, count in storage.files.items())
         table.add_row(
             storage.storage,
-            storage.path or " ".join(storage.urls) or "-",
+            storage.path or _urls(storage) or "-",
             _use(storage),
             f"{size(storage.available)} of {size(storage.capacity)}",
             counts or "-",
@@ -73,6 +73,12 @@ def storage_table(storages: list[reports.StorageReport]) -> Table:
             "[green]ok[/]" if storage.healthy else f"[red]{_escape(storage.error or 'unknown')}[/]",
         )
     return table
+
+
+def _urls(storage: reports.StorageReport) -> str:
+    """Where it is reached, each place with the kind of node there unless it is one of ours."""
+    kinds = {url: kind for url, kind in storage.nodes.items() if kind != "sectorfs"}
+    return " ".join(f"{url} ({kinds[url]})" if url in kinds else url for url in storage.urls)
 
 
 def _use(storage: reports.StorageReport) -> str:

@@ -75,7 +75,8 @@ def _head(storage: StorageReport) -> Text:
 
 def _places(storage: StorageReport) -> list[Text]:
     places = [storage.path] if storage.path else []
-    places += storage.urls
+    nodes = {url: kind for url, kind in storage.nodes.items() if kind != "sectorfs"}
+    places += [f"{url} ({nodes[url]})" if url in nodes else url for url in storage.urls]
     return [Text(_INDENT + text) for text in _clean(places)] or [Text(f"{_INDENT}no URL")]
 
 

@@ -290,11 +290,13 @@ class LocalAdmin:
         return [self._report(status) for status in self._catalog.storages()]
 
     def _report(self, status: StorageStatus) -> reports.StorageReport:
+        kinds = {url: self._peers.kind(url) for url in status.info.urls}
         return reports.storage_report(
             status,
             path=self._local.path_of(status.info.storage),
             cutoff=self._config.index.cutoff,
             files=self._catalog.counts(status.info.storage),
+            nodes={url: str(kind) for url, kind in kinds.items() if kind is not None},
         )
 
     async def find(self, sector: SectorID) -> reports.SectorReport:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from types import MappingProxyType
 
 import msgspec
 
@@ -45,6 +46,8 @@ class StorageReport(msgspec.Struct, kw_only=True):
     last_heartbeat: str
     files: dict[str, int]
     """Declared sector files by type."""
+    nodes: dict[str, str] = {}
+    """What kind of node answers at those of the URLs that were asked for something."""
 
 
 class LocationReport(msgspec.Struct, kw_only=True):
@@ -248,6 +251,7 @@ def storage_report(
     path: str | None,
     cutoff: float,
     files: Mapping[FileType, int],
+    nodes: Mapping[str, str] = MappingProxyType({}),
 ) -> StorageReport:
     """What is known of one storage."""
     info, stat = status.info, status.stat
@@ -277,6 +281,7 @@ def storage_report(
         error=error,
         last_heartbeat=rfc3339(status.last_heartbeat_ns),
         files={file_type.dir_name: count for file_type, count in sorted(files.items()) if count},
+        nodes=dict(nodes),
     )
 
 
