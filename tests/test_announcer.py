@@ -18,6 +18,7 @@ from sectorfs.stores.announcer import Announcer
 from sectorfs.stores.copies import Copies
 from sectorfs.stores.lanes import Lane
 from sectorfs.types import Facts, FileType, MemberFacts, SectorFile, SectorID
+from tests.index_fixtures import digested
 
 OLD_NS = 1_600_000_000_000_000_007
 NEW_NS = OLD_NS + 5_000_000_000
@@ -171,6 +172,20 @@ async def test_a_directory_is_declared_once_all_of_it_is_in_place(tmp_path: Path
     assert sorted(os.listdir(given.copies.path_of(CACHE))) == ["p_aux", "t_aux"]
     assert given.copies.path_of(CACHE).stat().st_mtime_ns == OLD_NS
     assert given.index.dropped == []
+
+
+@pytest.mark.parametrize("proved", [False, True])
+async def test_a_digest_that_the_index_knows_makes_a_copy_no_other(
+    tmp_path: Path, proved: bool
+) -> None:
+    """It may have come while the copy did; what is told is the digest of the copy itself."""
+    async with setting(tmp_path) as given:
+        facts = directory(given.receive(CACHE, "p_aux", b"aux", OLD_NS))
+        given.current[CACHE] = digested(facts, 1)
+        own = digested(facts, 2) if proved else facts
+        given.digests[CACHE] = own.digest
+        given.announcer.add(CACHE, digested(facts, 3))
+    assert [one.facts for one in given.index.declared[0]] == [own]
 
 
 async def _quiet(given: Setting) -> None:
