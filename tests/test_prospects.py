@@ -8,6 +8,7 @@ from sectorfs.index.protocol import Declaration, FsStat, StorageInfo, StorageSta
 from sectorfs.stores.prospects import Failure, Outlook, OwnPath, Prospect, prospects
 from sectorfs.stores.sources import View
 from sectorfs.types import Facts, FileType, StorageID
+from tests.index_fixtures import digested
 from tests.local_fixtures import sector_file
 
 FILE = sector_file(FileType.SEALED, 7)
@@ -137,6 +138,17 @@ def test_a_copy_of_another_content_is_named_so() -> None:
         "new http://new": "",
         "old http://old": other,
         "mine /mine": other,
+    }
+
+
+def test_a_copy_with_another_digest_is_named_so() -> None:
+    world = World()
+    world.hold("new", facts=digested(FACTS, 1), urls=("http://new",))
+    world.hold("rotten", facts=digested(FACTS, 0xAB), urls=("http://rotten",))
+    assert verdicts(world.look()) == {
+        "new http://new": "",
+        "rotten http://rotten": "holds another content: 10 bytes of 1970-01-01T00:00:05Z,"
+        " digest abababababababab…",
     }
 
 

@@ -81,6 +81,18 @@ def held(
     return Declaration(SectorFile(file_type, SECTOR), storage, primary, facts)
 
 
+def test_each_location_tells_its_own_digest() -> None:
+    facts = Facts(1, 2)
+    told = Facts(1, 2, None, b"\x0a" * 32)
+    [found] = sector_shape(held(ONE, facts=told), held(TWO, facts=facts))["files"]
+    locations = found["locations"]
+    assert isinstance(locations, list)
+    assert [one["digest"] for one in locations] == ["0a" * 32, None]
+    [found] = sector_shape(held(ONE))["files"]
+    assert isinstance(found["locations"], list)
+    assert found["locations"][0]["digest"] is None
+
+
 def test_storage_in_full() -> None:
     files = {FileType.CACHE: 2, FileType.UNSEALED: 3, FileType.KEY: 0}
     assert storage_shape(status(ONE), files=files) == {
