@@ -47,7 +47,7 @@ Behaviour = Callable[[Spans], Version]
 
 
 class Sources:
-    """Peers in memory, with every fault on command; implements `stream.Carrier`."""
+    """Peers in memory, with every fault on command; implements `range_requests.Carrier`."""
 
     def __init__(self) -> None:
         self.ranked = [ONE]

@@ -20,7 +20,7 @@ from sectorfs.types import SectorFile
 
 
 class PeerCarrier:
-    """Implements `stream.Carrier` for one remote file."""
+    """Implements `range_requests.Carrier` for one remote file."""
 
     def __init__(
         self,

@@ -14,8 +14,8 @@ import trio
 from sectorfs import metrics
 from sectorfs.errors import DiskError, DiskFull, SectorFSError
 from sectorfs.stores.copies import Copies
+from sectorfs.stores.range_requests import Outdated
 from sectorfs.stores.sessions import Fill, Session, Surroundings
-from sectorfs.stores.stream import Outdated
 
 log = logging.getLogger(__name__)
 

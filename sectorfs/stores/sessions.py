@@ -16,8 +16,9 @@ import trio
 from sectorfs.errors import SectorFSError
 from sectorfs.stores.manifest import Manifest
 from sectorfs.stores.prover import Prover
+from sectorfs.stores.range_requests import Carrier
 from sectorfs.stores.sources import PeerSource
-from sectorfs.stores.stream import Carrier, Stream
+from sectorfs.stores.stream import Stream
 from sectorfs.types import Facts, SectorFile
 
 

@@ -19,9 +19,8 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import trio
 
@@ -40,8 +39,8 @@ from sectorfs.stores.arrivals import Arrivals
 from sectorfs.stores.blocks import BLOCK, PIECE, Identity
 from sectorfs.stores.gates import Priority
 from sectorfs.stores.intervals import Intervals
-from sectorfs.stores.lanes import Descriptor
 from sectorfs.stores.prover import Prover
+from sectorfs.stores.range_requests import Carrier, Outdated, Request
 from sectorfs.stores.sources import PeerSource
 from sectorfs.stores.windows import Window
 
@@ -59,80 +58,6 @@ TOGETHER = 16
 """Ranges in one request at most."""
 SOURCES_SECONDS = 1.0
 """For so long the order of sources holds, unless one of them fails."""
-
-
-class Carrier(Protocol):
-    """Brings ranges of one file from a source."""
-
-    async def ranges(
-        self,
-        source: PeerSource,
-        spans: Sequence[tuple[int, int]],
-        *,
-        expect: Version | None,
-        prover: Prover | None,
-        deliver: Callable[[int, bytes], object],
-    ) -> Version:
-        """Each span in memory, in any order, proved where there is a prover.
-
-        `Stale` when the source gives another version, `WrongBytes` when it gives wrong bytes,
-        `NoProof` when nobody can tell which are right.
-        """
-
-    async def receive(
-        self,
-        source: PeerSource,
-        span: tuple[int, int],
-        descriptor: Descriptor,
-        *,
-        expect: Version | None,
-        prover: Prover | None,
-        progress: Callable[[int], object],
-    ) -> Version:
-        """A span into a file, at its place; `progress` gets the bytes of it that are there.
-
-        Errors as above; with a prover nothing that is wrong gets into the file.
-        """
-
-    def place(self, source: PeerSource, priority: Priority) -> AbstractAsyncContextManager[None]:
-        """A place for one request."""
-
-    async def back(self, causes: Mapping[PeerSource, SectorFSError], since: float) -> bool:
-        """Wait until one of these that only broke off may be asked again; False: do not wait."""
-
-
-class Outdated(SectorFSError):
-    """What is read here could be proved by now, and is not: it must be opened anew."""
-
-
-class _Request:
-    """A range on its way, and how many wait for it."""
-
-    def __init__(self, start: int, end: int, priority: Priority) -> None:
-        self.start = start
-        self.end = end
-        self.priority = priority
-        self.waiters = 0
-        self.queued = True
-        self.source: PeerSource | None = None
-        self.moved = trio.Event()
-        self.ended = False
-        self.scope = trio.CancelScope()
-        self.leader: _Request | None = None
-        self.followers: list[_Request] = []
-        self.error: SectorFSError | None = None
-
-    def tell(self) -> None:
-        """Wake those who wait: something came, or it ended."""
-        self.moved.set()
-        self.moved = trio.Event()
-
-    @property
-    def wanted(self) -> bool:
-        """True while somebody waits for it, or it is not for readers."""
-        if self.priority is not Priority.READ or self.waiters:
-            return True
-        return any(one.waiters for one in self.followers)
 
 
 class Stream:
@@ -165,7 +90,7 @@ class Stream:
         self._nursery = nursery
         self._ranked: Sequence[PeerSource] = ()
         self._ranked_at = -math.inf
-        self._requests: list[_Request] = []
+        self._requests: list[Request] = []
         self._readers: list[tuple[int, int]] = []
         self._versions: dict[PeerSource, Version] = {}
         self._stale: Stale | None = None
@@ -286,10 +211,10 @@ class Stream:
     # --- requests ---
 
     @contextmanager
-    def _waiting(self, start: int, end: int) -> Iterator[list[_Request]]:
+    def _waiting(self, start: int, end: int) -> Iterator[list[Request]]:
         """The requests that bring a range, made where there are none, while somebody waits."""
         for low, high in self._unasked(start, end):
-            self._start(_Request(low, high, Priority.READ))
+            self._start(Request(low, high, Priority.READ))
         requests = [one for one in self._coming() if one.start < end and start < one.end]
         for request in requests:
             request.waiters += 1
@@ -302,7 +227,7 @@ class Stream:
                 if not leader.wanted:
                     leader.scope.cancel()
 
-    async def _wait(self, request: _Request, start: int, end: int) -> None:
+    async def _wait(self, request: Request, start: int, end: int) -> None:
         low, high = max(start, request.start), min(end, request.end)
         while not request.ended and not self.arrivals.has(low, high):
             await request.moved.wait()
@@ -319,15 +244,15 @@ class Stream:
             for gap in coming.missing(low, high)
         ]
 
-    def _coming(self) -> list[_Request]:
+    def _coming(self) -> list[Request]:
         """What may be waited for: no reader stands behind bulk that has no place yet."""
         return [one for one in self._requests if one.priority is Priority.READ or not one.queued]
 
-    def _start(self, request: _Request) -> None:
+    def _start(self, request: Request) -> None:
         self._requests.append(request)
         self._nursery.start_soon(self._run, request)
 
-    async def _run(self, request: _Request) -> None:
+    async def _run(self, request: Request) -> None:
         """The task of a request; a boundary: it may not end the node."""
         try:
             with request.scope:
@@ -347,7 +272,7 @@ class Stream:
             if self._fills:
                 self._tell()
 
-    async def _bring(self, request: _Request) -> None:
+    async def _bring(self, request: Request) -> None:
         """Get a range from source after source; again, while one of them is started anew.
 
         Once more as well when nobody had it right: it may have become wrong on the way.
@@ -370,7 +295,7 @@ class Stream:
                 raise self._verdict((*causes.values(), *unproved))
 
     async def _bring_from_any(
-        self, request: _Request, causes: dict[PeerSource, SectorFSError]
+        self, request: Request, causes: dict[PeerSource, SectorFSError]
     ) -> bool:
         """One round over the sources; False when each failed, for one of the `causes`."""
         while (source := self._next_source(causes, request.priority)) is not None:
@@ -421,7 +346,7 @@ class Stream:
             return changed
         return NoSource("no source can give it", self.name, causes)
 
-    def _gather(self, request: _Request) -> None:
+    def _gather(self, request: Request) -> None:
         """Take along the readers' requests that wait for a place as well."""
         if request.priority is not Priority.READ:
             return
@@ -434,7 +359,7 @@ class Stream:
                 request.followers.append(other)
                 other.scope.cancel()
 
-    async def _transfer(self, source: PeerSource, request: _Request) -> None:
+    async def _transfer(self, source: PeerSource, request: Request) -> None:
         members = (request, *request.followers)
         others = Intervals(
             (one.start, one.end) for one in self._coming() if one not in members and not one.queued
@@ -466,7 +391,7 @@ class Stream:
         )
         self._learn(source, version)
 
-    async def _receive(self, source: PeerSource, request: _Request, span: tuple[int, int]) -> None:
+    async def _receive(self, source: PeerSource, request: Request, span: tuple[int, int]) -> None:
         kept = self.arrivals.kept
         assert kept is not None
 
@@ -520,7 +445,7 @@ class Stream:
     async def _pump_on(self, priority: Priority, tasks: int) -> None:
         try:
             while not self._closed and (span := self._next_bulk(priority)) is not None:
-                request, begun = _Request(*span, priority), self._fill_rounds
+                request, begun = Request(*span, priority), self._fill_rounds
                 self._requests.append(request)
                 self._pump(priority, tasks)
                 await self._run(request)

@@ -25,10 +25,11 @@ from sectorfs.stores.copies import Copies
 from sectorfs.stores.fetch_rules import is_worth_a_copy
 from sectorfs.stores.fills import Fills
 from sectorfs.stores.prover import Prover
+from sectorfs.stores.range_requests import Outdated
 from sectorfs.stores.reproof import reprove
 from sectorfs.stores.sessions import Session, Surroundings, Wanted
 from sectorfs.stores.sources import PeerSource
-from sectorfs.stores.stream import Outdated, Stream
+from sectorfs.stores.stream import Stream
 from sectorfs.stores.windows import Window
 from sectorfs.types import SectorFile, StorageID
 
