@@ -68,7 +68,7 @@ def scene(root: Path, sector_size: str = "8MiB", **eras: Era) -> Iterator[Scene]
     ):
         token = root / "their-token"
         token.write_text(tokens.sign(tokens.Secret(SECRET), ("admin",)) + "\n")
-        configure(index, peers={"token_file": str(token)})
+        configure(index, peers={"token_file": str(token)}, hash={"delay": 0.05, "idle": 0.05})
         configure(reader, peers={"token_file": str(token)}, mount={"sector_size": sector_size})
         index.start()
         reader.start(mount=True, index=index)
@@ -85,6 +85,14 @@ def can_read(path: Path, data: bytes) -> bool:
     """True when a file has these bytes, False when it cannot be read now."""
     try:
         return path.read_bytes() == data
+    except OSError:
+        return False
+
+
+def has_digest(path: Path) -> bool:
+    """True once it is known what a file's bytes hash to."""
+    try:
+        return bool(os.getxattr(path, "user.sectorfs.digest"))
     except OSError:
         return False
 
@@ -330,6 +338,30 @@ def test_names_that_no_sector_has_are_refused(tmp_path: Path) -> None:
             assert f"member {name!r}" in it.reader.log()
         cache = it.reader.repo.cache_path(it.reader.repo.config())
         assert not {path.name for path in cache.rglob("*")} & {*names}
+
+
+@pytest.mark.parametrize("era", ERAS)
+def test_bytes_of_theirs_are_asked_for_a_digest_of_ours(tmp_path: Path, era: Era) -> None:
+    with scene(tmp_path, node=era) as it:
+        disk = tmp_path / "disk"
+        attach(it.index, disk)
+        wrong = bytearray(DATA)
+        wrong[5 << 20] ^= 1
+        for number, bad in ((7, bytes(wrong)), (8, DATA)):
+            name = f"sealed/s-t01000-{number}"
+            put(disk / name, DATA, MTIME_NS)
+            put(it.peers["node"].root / name, bad, MTIME_NS)
+        shown = [it.shown(f"sealed/s-t01000-{number}") for number in (7, 8)]
+        for path in shown:
+            until("its digest", lambda path=path: has_digest(path))
+        it.join("node")
+        for number in (7, 8):
+            name = f"sealed/s-t01000-{number}"
+            until("both", lambda name=name: len(locations(it.reader, name)) == 2)
+        it.index.kill()
+        assert fails(shown[0].read_bytes) == "EIO"
+        until("the good one", lambda: can_read(shown[1], DATA))
+        assert fails(shown[0].read_bytes) == "EIO"
 
 
 def test_their_token_is_read_again(tmp_path: Path) -> None:

@@ -47,6 +47,19 @@ def test_every_sentence_of_the_behaviour_table_has_a_test() -> None:
         assert set(names) <= known, sentence
 
 
+def test_every_row_on_nodes_of_other_programs_has_a_test() -> None:
+    lines = section("## Nodes of other programs").splitlines()
+    rows = [line for line in lines if line.startswith("| ")][2:]
+    assert len(rows) > 10
+    known = defined_tests()
+    for row in rows:
+        cells = row.strip("| ").split(" | ")
+        assert len(cells) == 5, row
+        names = re.findall(r"`(test_\w+)`", cells[-1])
+        assert names, row
+        assert set(names) <= known, row
+
+
 def test_the_code_map_names_every_module_and_no_other() -> None:
     named = set(re.findall(r"^\| `([\w./]+)` \|", section("### Code map"), re.MULTILINE))
     modules = {
