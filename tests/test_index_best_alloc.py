@@ -228,7 +228,7 @@ async def test_unknown_path_types_are_refused(tmp_path: Path, path_type: str) ->
         assert "unknown path type" in error["message"]
 
 
-@pytest.mark.parametrize("params", [(4, 2048, "sealing"), ("4", 2048, "sealing", 1), (4,) * 4])
+@pytest.mark.parametrize("params", [(4, 2048), ("4", 2048, "sealing", 1), (4,) * 4])
 async def test_wrong_parameters_are_refused(tmp_path: Path, params: tuple[object, ...]) -> None:
     async with open_index(tmp_path / "index.db") as index:
         assert (await ask(index, *params))["error"]["code"] == -32602
