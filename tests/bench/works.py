@@ -5,7 +5,7 @@ Every figure is a rate: more is better.
 
 from __future__ import annotations
 
-from tests.bench import codecs, hashing, local, remote, requests, scale, scrub, streams
+from tests.bench import codecs, hashing, local, proofs, remote, requests, scale, scrub, streams
 from tests.bench.runner import Work
 from tests.bench.stage import Stage
 
@@ -16,6 +16,7 @@ WORKS: tuple[Work[Stage], ...] = (
     *streams.WORKS,
     *codecs.WORKS,
     *hashing.WORKS,
+    *proofs.WORKS,
     *scrub.WORKS,
     *scale.WORKS,
 )
