@@ -92,7 +92,7 @@ WORKS: tuple[Work[Stage], ...] = (
         Side("sectorfs", fetch_sectorfs),
         (
             Side("curl -o", partial(fetched, curl)),
-            Side("curl -o, sync", partial(fetched, curl_synced)),
+            Side("curl -o, sync", partial(fetched, curl_synced), 1.5),
             Side("rclone copy", partial(fetched, rclone_copy)),
             Side("rclone cat", partial(fetched, rclone_cat)),
             Side("sshfs, cp", partial(fetched, sshfs_copy)),

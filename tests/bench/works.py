@@ -5,7 +5,18 @@ Every figure is a rate: more is better.
 
 from __future__ import annotations
 
-from tests.bench import codecs, hashing, local, proofs, remote, requests, scale, scrub, streams
+from tests.bench import (
+    codecs,
+    hashing,
+    local,
+    proofs,
+    remote,
+    requests,
+    resume,
+    scale,
+    scrub,
+    streams,
+)
 from tests.bench.runner import Work
 from tests.bench.stage import Stage
 
@@ -14,6 +25,7 @@ WORKS: tuple[Work[Stage], ...] = (
     *remote.WORKS,
     *requests.WORKS,
     *streams.WORKS,
+    *resume.WORKS,
     *codecs.WORKS,
     *hashing.WORKS,
     *proofs.WORKS,
