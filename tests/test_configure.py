@@ -13,6 +13,7 @@ from sectorfs.errors import BadInput, NotFound, StorageUnavailable, TimedOut, Un
 from sectorfs.index.catalog import Catalog
 from sectorfs.index.protocol import FsStat, StorageInfo
 from sectorfs.node.admin import LocalAdmin
+from sectorfs.node.hashing import LocalHashing
 from sectorfs.node.repo import Repo
 from sectorfs.stores.path_changes import PathChanges
 from sectorfs.types import StorageID
@@ -140,9 +141,10 @@ async def test_dead_storage_is_not_judged_by_an_old_catalog(
         """It never does."""
 
     url = "http://127.0.0.1:9/remote"
+    repo = Repo(tmp_path / "repo")
     await index.index.attach(StorageInfo(storage=StorageID("dead"), urls=(url,)), FsStat())
     admin = LocalAdmin(
-        repo=Repo(tmp_path / "repo"),
+        repo=repo,
         index=index,  # type: ignore[arg-type]  # a proxy
         catalog=Catalog(),
         local=make_store(index),
@@ -152,6 +154,7 @@ async def test_dead_storage_is_not_judged_by_an_old_catalog(
         state=None,
         moves=None,  # type: ignore[arg-type]  # nothing is moved
         caching=None,
+        hashing=LocalHashing(repo, None),
     )
     with pytest.raises(TimedOut, match="behind the Index"):
         await admin.detach("dead", force=True)
