@@ -274,8 +274,6 @@ def test_delete_takes_only_what_is_here_and_not_to_be_kept(pair: Pair) -> None:
     ("query", "headers"),
     [
         ("keep=../x", {}),
-        ("keep=.", {}),
-        ("keep=a..b", {}),
         ("keep=%00", {}),
         (f"keep={'x' * 200}", {}),
         ("force=yes", {}),
