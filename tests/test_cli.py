@@ -34,7 +34,7 @@ STORAGE_KEYS = {
     *("storage", "path", "urls", "weight", "can_seal", "can_store", "max_storage", "groups"),
     *("allow_to", "allow_types", "deny_types", "allow_miners", "deny_miners"),
     *("capacity", "available", "fs_available", "reserved", "used"),
-    *("healthy", "error", "last_heartbeat", "files"),
+    *("healthy", "error", "last_heartbeat", "files", "nodes"),
 }
 FILE_KEYS = {"file_type", "size", "mtime_ns", "state", "locations"}
 LOCATION_KEYS = {"storage", "primary", "urls", "path", "healthy", "digest"}
