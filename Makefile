@@ -28,7 +28,7 @@ $(VENV)/.ready: pyproject.toml Makefile $(wildcard sectorfs/*/*.[ch])
 	@touch $@
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(ARGS)
 
 test-long: setup
 	$(BIN)/python -m pytest -m long --timeout=1200 $(ARGS)
