@@ -241,3 +241,16 @@ async def test_those_who_wait_go_on_with_the_first_answer(autojump_clock: MockCl
         places.heard(ONE)
     assert len(woken) == 50
     assert max(woken) < BREAK_PAUSE
+
+
+async def test_whose_pause_is_over_is_asked_at_once(autojump_clock: MockClock) -> None:
+    places = Places(2, patience=10)
+    cause = await break_off(places, ONE)
+    await trio.sleep(2 * BREAK_PAUSE)
+    now = trio.current_time()
+    assert await places.back({ONE: cause}, now)
+    with trio.move_on_after(0):
+        async with places.place(ONE, Priority.READ):
+            await trio.sleep_forever()  # a probe that is called off
+    assert await places.back({ONE: cause}, now)
+    assert trio.current_time() == now

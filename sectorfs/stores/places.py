@@ -143,7 +143,7 @@ class Places:
         soonest = min((self._again(one, why, now) for one, why in causes.items()), default=None)
         if soonest is None or soonest > since + self._patience:
             return False
-        with trio.move_on_after(soonest - now):
+        with trio.move_on_after(max(0.0, soonest - now)):  # it may be his turn already
             await self._over.wait()
         return True
 
