@@ -21,6 +21,8 @@ from sectorfs.node.repo import Repo, process_runs
 T = TypeVar("T")
 
 DEADLINE = 30.0
+LOG_SHOWN = 6000
+"""Characters."""
 SECTORFS = [sys.executable, "-m", "sectorfs"]
 
 
@@ -168,12 +170,17 @@ class Node:
 
 @contextmanager
 def cluster(root: Path, *names: str) -> Iterator[list[Node]]:
-    """Nodes by name, not started; all ended at the end."""
+    """Nodes by name, not started; all ended at the end. What they said is shown with a failure."""
     nodes = [Node(root, name) for name in names]
     with ExitStack() as stack:
         for node in nodes:
             stack.callback(node.end)
-        yield nodes
+        try:
+            yield nodes
+        except BaseException:
+            for node in nodes:
+                print(f"--- the end of what {node.name} said:\n{node.log()[-LOG_SHOWN:]}")
+            raise
 
 
 def write(path: Path, data: bytes) -> None:

@@ -289,24 +289,36 @@ def test_a_directory_that_not_all_of_travels(tmp_path: Path, era: Era) -> None:
                 (shown / name).read_bytes()
 
 
-def test_a_file_of_a_directory_that_only_its_owner_has_in_full(tmp_path: Path) -> None:
-    """What one of ours declared is shown in full; from Curio alone it is read as far as it goes."""
+@pytest.mark.parametrize("proved", [False, True], ids=["unproved", "proved"])
+def test_a_file_of_a_directory_that_only_its_owner_has_in_full(
+    tmp_path: Path, proved: bool
+) -> None:
+    """What one of ours declared is shown in full; from Curio alone it is read as far as it goes.
+
+    That is not at all once there is a digest of the whole, which a part of it cannot prove.
+    """
     with scene(tmp_path, node="curio") as it:
         peer = it.peers["node"]
+        if not proved:
+            it.index.call("hash", "pause")
         disk = tmp_path / "disk"
-        storage = attach(it.index, disk)
+        attach(it.index, disk)
         for root in (peer.root, disk):
             write_directory(root / "cache/s-t01000-7", COMPLETE)
         shown = it.shown("cache/s-t01000-7")
         seen("the files", lambda: set(os.listdir(shown)) == set(COMPLETE))
+        if proved:
+            until("its digest", lambda: has_digest(shown))
         it.join("node")
         until("the reader to know both", lambda: _copies(shown) == 2)
         it.index.kill()
-        assert storage
-        for name in ("p_aux", "sc-02-data-layer-1.dat"):
-            until(name, lambda name=name: can_read(shown / name, COMPLETE[name]))
-        assert fails(lambda: (shown / "sc-02-data-tree-c.dat").read_bytes()) == "EIO"
+        if not proved:
+            for name in ("p_aux", "sc-02-data-layer-1.dat"):
+                until(name, lambda name=name: can_read(shown / name, COMPLETE[name]))
+        for name in COMPLETE if proved else ("sc-02-data-tree-c.dat",):
+            assert fails((shown / name).read_bytes) == "EIO"
         assert "lacks sc-02-data-tree-c.dat" in it.reader.log()
+        assert proved == ("nobody has its manifest" in it.reader.log())
 
 
 @pytest.mark.parametrize("era", ERAS)
