@@ -6,6 +6,7 @@ All of it through a real mount: no reader ever sees a wrong byte.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import socket
@@ -98,7 +99,9 @@ class Scene:
                     peer.prove_directory(name, roll)
                 facts[name] = msgspec.structs.replace(facts_of(path), digest=digest or known)
         with_index(self.index, lambda index: self._declare(index, peers, facts))
-        until("the names", (self.reader.mountpoint / names[-1]).exists)
+        last = self.shown(names[-1])
+        until("the names", last.exists)
+        until("all who have them", lambda: len(_holders(last)) == len(peers))
         return names
 
     async def _declare(
@@ -123,6 +126,11 @@ class Scene:
     def wrong(self) -> float:
         """How often wrong bytes were caught."""
         return metric(self.reader, "sectorfs_wrong_bytes_total")
+
+
+def _holders(shown: Path) -> list[object]:
+    found: list[object] = json.loads(os.getxattr(shown, "user.sectorfs.locations"))
+    return found
 
 
 def _manifests(data: bytes | dict[str, bytes]) -> dict[str, Manifest]:
