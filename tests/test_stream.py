@@ -29,12 +29,13 @@ from sectorfs.stores.answers import Version
 from sectorfs.stores.arrivals import Arrivals, Memory
 from sectorfs.stores.blocks import PIECE, Identity, PartialFile
 from sectorfs.stores.gates import Gate, Priority
-from sectorfs.stores.lanes import Descriptor, Lane
+from sectorfs.stores.lanes import Lane
 from sectorfs.stores.prover import Prover
 from sectorfs.stores.sources import PeerSource
 from sectorfs.stores.stream import BULK, Stream
 from sectorfs.stores.windows import Window
 from sectorfs.types import StorageID
+from sectorfs.wire.sink import PastCache, Target
 from tests.local_fixtures import until
 from tests.test_blocks import content
 
@@ -59,6 +60,9 @@ class Sources:
         self.versions: dict[PeerSource, Version] = {}
         self.hold: trio.Event | None = None
         self.cancelled = 0
+        self.past_cache = 0
+        """Writes past the page cache."""
+        self.is_open = False
         self.disk_error: SectorFSError | None = None
         self.failed: list[PeerSource] = []
         self.returns: list[Callable[[], object]] = []
@@ -110,7 +114,7 @@ class Sources:
         self,
         source: PeerSource,
         span: tuple[int, int],
-        descriptor: Descriptor,
+        target: Target,
         *,
         expect: Version | None,
         prover: Prover | None,
@@ -125,7 +129,8 @@ class Sources:
             if count >= self.stop_after.get(source, count + 1):
                 raise SourceFailed("stopped", source.url)
             part = content(at, min(end, at + step))
-            with descriptor as fd:
+            self.past_cache += isinstance(target, PastCache)
+            with target.plain if isinstance(target, PastCache) else target as fd:
                 os.pwrite(fd, part, at)
             progress(at + len(part) - start)
             await trio.lowlevel.checkpoint()
@@ -165,6 +170,7 @@ async def started(
         sources=lambda: sources.ranked,
         sharing=lambda: sources.sharing,
         failed=lambda source, _: sources.failed.append(source),
+        is_open=lambda: sources.is_open,
         nursery=nursery,
     )
     return Reader(sources, made, root)
@@ -378,6 +384,31 @@ async def test_a_fill_brings_the_rest_and_never_delays_a_reader(reader: Reader) 
     await kept.finish(reader.root / "whole")
     assert (reader.root / "whole").read_bytes() == content(0, SIZE)
     assert sum(end - start for start, end in reader.sources.spans()) == SIZE
+
+
+@pytest.mark.parametrize(
+    ("is_open", "least", "past"),
+    [(False, SIZE, True), (True, SIZE, False), (False, SIZE + 1, False)],
+)
+async def test_what_nobody_reads_soon_goes_past_the_page_cache(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch, is_open: bool, least: int, past: bool
+) -> None:
+    monkeypatch.setattr(stream_module, "PAST_CACHE", least)
+    reader.sources.is_open = is_open
+    await reader.stream.fill()
+    assert (reader.sources.past_cache > 0) is past
+    window = Window()
+    assert await reader.read(0, 4 << 20, window) == content(0, 4 << 20)
+
+
+async def test_what_a_reader_comes_to_in_sequence_stays_in_the_page_cache(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_module, "PAST_CACHE", 1)
+    window = Window()
+    for at in range(0, 8 << 20, 1 << 20):
+        await reader.read(at, 1 << 20, window)
+    assert reader.sources.past_cache == 0
 
 
 async def test_sources_that_are_alike_share_a_fill(reader: Reader) -> None:

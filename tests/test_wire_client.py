@@ -23,10 +23,11 @@ from sectorfs.errors import (
     Unreachable,
 )
 from sectorfs.stores.lanes import Descriptor, Lane
+from sectorfs.stores.manifest import LEAF
 from sectorfs.wire.client import IDLE_SECONDS, Client, parse_target_url
 from sectorfs.wire.messages import Reply, Request, text_reply
 from sectorfs.wire.pace import FLOOR, Pace
-from sectorfs.wire.response import HEADER_LIMIT, SIEVED
+from sectorfs.wire.response import HEADER_LIMIT
 from tests.gates import Gate
 from tests.wire_fixtures import (
     PATIENT,
@@ -605,7 +606,7 @@ async def test_a_write_that_hangs_ends_the_connection(
         finally:
             ended.set()
 
-    gate = Gate(monkeypatch, "pwrite", lambda fd, data, offset: offset > 0)
+    gate = Gate(monkeypatch, "pwrite", lambda fd, data, offset: True)
     lane = Lane("disk", deadline=5, patience=0.3)
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\nfirst"
     before = open_fds()
@@ -705,17 +706,17 @@ def plain(data: bytes) -> bytes:
 
 
 def sieve_of(good: bytes) -> Callable[[memoryview], int]:
-    """Lets whole parts of `SIEVED` bytes through that are as they should be, and the short end."""
+    """Lets whole parts of `LEAF` bytes through that are as they should be, and the short end."""
     done = 0
 
     def sieve(view: memoryview) -> int:
         nonlocal done
         passed = 0
-        while passed + SIEVED <= len(view) or done + len(view) == len(good):
-            wanted = good[done : done + SIEVED]
+        while passed + LEAF <= len(view) or done + len(view) == len(good):
+            wanted = good[done : done + LEAF]
             if not wanted:
                 break
-            if view[passed : passed + SIEVED] != wanted:
+            if view[passed : passed + LEAF] != wanted:
                 if not passed:
                     raise SourceFailed("gave bad bytes", f"byte {done}")
                 break
@@ -727,7 +728,7 @@ def sieve_of(good: bytes) -> Callable[[memoryview], int]:
 
 
 @pytest.mark.parametrize("answer", [plain, chunked])
-@pytest.mark.parametrize("size", [1, SIEVED - 1, SIEVED, 5_000_001])
+@pytest.mark.parametrize("size", [1, LEAF - 1, LEAF, 5_000_001])
 async def test_a_sieve_sees_every_byte_before_the_file(
     tmp_path: Path, size: int, answer: Callable[[bytes], bytes]
 ) -> None:
@@ -746,7 +747,7 @@ async def test_a_sieve_sees_every_byte_before_the_file(
     assert saved == size
     assert steps[-1] == size
     assert steps == sorted(steps)
-    assert all(step % SIEVED == 0 for step in steps[:-1])
+    assert all(step % LEAF == 0 for step in steps[:-1])
     assert (tmp_path / "f").read_bytes() == data
 
 
@@ -772,7 +773,7 @@ async def test_what_the_sieve_refuses_never_gets_into_the_file(
                         sieve=sieve_of(good),
                     )
         assert client.busy(url) == 0
-    expected = place // SIEVED * SIEVED
+    expected = place // LEAF * LEAF
     assert max(steps, default=0) == expected
     assert (tmp_path / "f").read_bytes() == good[:expected]
     await fds_return_to(before)

@@ -41,7 +41,7 @@ async def test_what_is_moved_from_another_node_is_synced_as_it_comes(
     whole: bytes | dict[str, bytes],
 ) -> None:
     monkeypatch.setattr(writing, "SYNC_EVERY", 1)
-    monkeypatch.setattr("sectorfs.wire.response._HOP", 100_000)
+    monkeypatch.setattr("sectorfs.wire.response.HOP", 100_000)
     synced: list[int] = []
     fdatasync = os.fdatasync
 

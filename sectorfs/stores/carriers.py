@@ -9,7 +9,7 @@ from functools import partial
 from sectorfs.errors import SectorFSError
 from sectorfs.stores.answers import Version
 from sectorfs.stores.gates import Priority
-from sectorfs.stores.lanes import Descriptor, Lane
+from sectorfs.stores.lanes import Lane
 from sectorfs.stores.manifest import Outline
 from sectorfs.stores.places import Places
 from sectorfs.stores.prover import Piece, Prover
@@ -17,6 +17,7 @@ from sectorfs.stores.rolls import Roll
 from sectorfs.stores.sources import PeerSource
 from sectorfs.stores.transfer import PeerClient
 from sectorfs.types import SectorFile
+from sectorfs.wire.sink import Target
 
 
 class PeerCarrier:
@@ -83,7 +84,7 @@ class PeerCarrier:
         self,
         source: PeerSource,
         span: tuple[int, int],
-        descriptor: Descriptor,
+        target: Target,
         *,
         expect: Version | None,
         prover: Prover | None,
@@ -95,7 +96,7 @@ class PeerCarrier:
             self._file,
             self._member,
             span,
-            descriptor,
+            target,
             expect=expect or self._declared(source),
             run=self._run,
             progress=self._noting(source, progress),

@@ -48,12 +48,14 @@ log = logging.getLogger(__name__)
 
 BULK = 512 << 10
 """Bytes from which a range is received straight into the file."""
-AHEAD_CHUNK = 4 << 20
+AHEAD_CHUNK = 8 << 20
 AHEAD_IN_MEMORY = 2 << 20
 """Bytes asked for ahead of a reader while nothing is kept."""
 FILL_CHUNK = 8 << 20
-AHEAD_TASKS = 3
+AHEAD_TASKS = 2
 FILL_TASKS = 4
+PAST_CACHE = 64 << 20
+"""Bytes of files whose copies leave the page cache alone, while nobody has them open."""
 TOGETHER = 16
 """Ranges in one request at most."""
 SOURCES_SECONDS = 1.0
@@ -73,6 +75,7 @@ class Stream:
         sources: Callable[[], Sequence[PeerSource]],
         sharing: Callable[[], Collection[PeerSource]],
         failed: Callable[[PeerSource, SectorFSError], object],
+        is_open: Callable[[], bool],
         nursery: trio.Nursery,
         prover: Prover | None = None,
     ) -> None:
@@ -87,6 +90,7 @@ class Stream:
         self._sources = sources
         self._sharing = sharing
         self._failed = failed
+        self._is_open = is_open
         self._nursery = nursery
         self._ranked: Sequence[PeerSource] = ()
         self._ranked_at = -math.inf
@@ -400,15 +404,20 @@ class Stream:
                 self.arrivals.saved(span[0], span[0] + done)
             request.tell()
 
+        past = request.priority is Priority.FILL and self._unread()
         version = await self._carrier.receive(
             source,
             span,
-            kept.descriptor,
+            await kept.past_cache() if past else kept.descriptor,
             expect=self._versions.get(source),
             prover=self.prover,
             progress=progress,
         )
         self._learn(source, version)
+
+    def _unread(self) -> bool:
+        """Nobody will read what comes before the copy is whole, or is likely to just after."""
+        return self.size >= PAST_CACHE and not self._is_open()
 
     def _provable(self, spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         """Ranges to ask for; of whole pieces where they are proved, which what is here may cut."""

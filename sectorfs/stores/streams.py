@@ -321,6 +321,7 @@ class Streams:
             sources=lambda: self._sources(session),
             sharing=lambda: around.sharing(wanted.file),
             failed=partial(around.failed, wanted.file),
+            is_open=lambda: session.handles > 0,
             nursery=self._nursery,
             prover=prover,
         )

@@ -64,7 +64,8 @@ from sectorfs.types import (
 )
 from sectorfs.wire.client import Client
 from sectorfs.wire.messages import Runner
-from sectorfs.wire.response import Response, Sieve
+from sectorfs.wire.response import Response
+from sectorfs.wire.sink import Sieve, Target
 
 EXPECT_HEADER = "sectorfs-expect"
 """``<size>-<mtime in ns>`` in a request to remove a file: what is to be removed, and nothing else.
@@ -287,14 +288,14 @@ class PeerClient:
         file: SectorFile,
         member: str | None,
         span: tuple[int, int],
-        descriptor: AbstractContextManager[int],
+        target: Target,
         *,
         expect: Version | None,
         run: Runner,
         progress: Callable[[int], object] | None = None,
         sieve: Callable[[bytes], AbstractAsyncContextManager[Sieve]] | None = None,
     ) -> Version:
-        """Write a span to its place in `descriptor`; else as `ranges` and `fetch`.
+        """Write a span to its place in `target`; else as `ranges` and `fetch`.
 
         With a `sieve`, which is made of the leaf hashes that came, only what that lets through.
         """
@@ -306,7 +307,7 @@ class PeerClient:
             version = span_version(response, span, expect)
             save = partial(
                 response.save,
-                descriptor,
+                target,
                 offset=start,
                 length=end - start,
                 run=run,

@@ -8,7 +8,7 @@ has already: both are still a sequence.
 
 from __future__ import annotations
 
-LONGEST = 16 << 20
+LONGEST = 32 << 20
 """Bytes asked for ahead of a reader at most."""
 SLACK = 2 << 20
 """Bytes by which a read may lie before or behind the expected place and still be in sequence."""

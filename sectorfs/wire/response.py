@@ -1,58 +1,32 @@
 """An answer's body: into memory, or into a file past Python's objects.
 
 A whole sector is up to 64 GiB, so `Response.save` reads straight from the socket into one buffer
-and from there into the file, in a thread that leaves as soon as the socket is empty: a peer that
-stalls holds no thread. Whoever can tell good bytes from bad ones does so there (`Sieve`), so that
-what is bad never gets into the file. h11 sees only unusual headers and bodies without a known
-length (`heads`).
+and from there into the file (`sink`), in a thread that leaves soon after the socket is empty: a
+peer that stalls holds no thread. h11 sees only unusual headers and bodies without a known length
+(`heads`).
 """
 
 from __future__ import annotations
 
-import enum
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal
 
 import h11
 import trio
 
 from sectorfs.errors import SourceFailed, TimedOut, TooLarge, Unreachable
-from sectorfs.metrics import FETCHED_BYTES
 from sectorfs.wire import heads
 from sectorfs.wire.duplicates import Duplicate
 from sectorfs.wire.messages import Runner
 from sectorfs.wire.pace import Pace
 from sectorfs.wire.rates import Throttle
-
-T = TypeVar("T")
+from sectorfs.wire.sink import BUFFER, HOP, Progress, Sieve, Sink, Stop, Target
 
 HEADER_LIMIT = 32 * 1024
 
-_BUFFER = 1024 * 1024
 _PIECE = 256 * 1024
-_HOP = 8 * 1024 * 1024
-_HOP_SECONDS = 0.5
-
-Progress = Callable[[int], object]
-
-Sieve = Callable[[memoryview], int]
-"""How many of the next bytes of a body may be written; 0 when more must come to tell.
-
-Raises when they are bad. Called in a thread. Asked of all that is left at the end of the body, and
-of any `SIEVED` bytes, it never says 0.
-"""
-SIEVED = 64 << 10
-
-
-class _Stop(enum.Enum):
-    HOP = enum.auto()
-    EMPTY = enum.auto()
-    END = enum.auto()
-    BROKEN = enum.auto()
 
 
 async def receive(stream: trio.SocketStream, size: int) -> bytes:
@@ -136,7 +110,7 @@ class Response:
 
     async def save(
         self,
-        descriptor: AbstractContextManager[int],
+        target: Target,
         *,
         offset: int,
         length: int,
@@ -153,7 +127,7 @@ class Response:
         self._begin()
         if not self._empty and self.length is not None and self.length != length:
             raise SourceFailed(f"sends {self.length} bytes instead of {length}", self.url)
-        sink = _Sink(descriptor, offset, length, run, progress, sieve)
+        sink = Sink(target, offset, length, run, progress, sieve)
         if self._empty or self.length is None:
             await self._save_pieces(sink)
             if sink.came != length:
@@ -175,7 +149,7 @@ class Response:
         Returns the length; `SourceFailed` beyond `limit` bytes. The rest is as of `save`.
         """
         self._begin()
-        sink = _Sink(descriptor, 0, limit, run, progress, None)
+        sink = Sink(descriptor, 0, limit, run, progress, None)
         await self._save_pieces(sink)
         return sink.done
 
@@ -263,7 +237,7 @@ class Response:
     def _stalled(self) -> TimedOut:
         return TimedOut("the body stalled", self.url)
 
-    async def _save_pieces(self, sink: _Sink) -> None:
+    async def _save_pieces(self, sink: Sink) -> None:
         held = bytearray()
         while (piece := await self._bulk_piece()) is not None:
             held += piece
@@ -272,18 +246,18 @@ class Response:
                     f"sends more than {sink.came + len(held) - 1} bytes instead of {sink.length}",
                     self.url,
                 )
-            if len(held) >= _BUFFER:
+            if len(held) >= BUFFER:
                 await sink.write(held)
                 held = bytearray()
         await sink.write(held)
 
-    async def _save_raw(self, sink: _Sink) -> None:
+    async def _save_raw(self, sink: Sink) -> None:
         self._state = "raw"
         early = self._early if self._http is None else self._http.trailing_data[0]
         extra = len(early) > sink.length
         if self.throttle is not None:
             self.throttle.charge(len(early))
-        await sink.write(early[: sink.length])
+        await sink.begin(early[: sink.length])
         source = Duplicate(self._stream.socket)
         try:
             await self._pull_all(sink, source)
@@ -295,19 +269,19 @@ class Response:
         if not extra:
             self._state = "raw done"
 
-    async def _pull_all(self, sink: _Sink, source: Duplicate) -> None:
+    async def _pull_all(self, sink: Sink, source: Duplicate) -> None:
         while sink.came < sink.length:
             waited = await self._wait_readable()
             count, stop = await self._pull(sink, source)
             self._pace.moved(count, waited=waited)
-            if stop in (_Stop.END, _Stop.BROKEN):
+            if stop in (Stop.END, Stop.BROKEN):
                 raise SourceFailed(
                     f"the body ended after {sink.came} of {sink.length} bytes", self.url
                 )
 
-    async def _pull(self, sink: _Sink, source: Duplicate) -> tuple[int, _Stop]:
+    async def _pull(self, sink: Sink, source: Duplicate) -> tuple[int, Stop]:
         if self.throttle is None:
-            return await sink.pull(source, _HOP)
+            return await sink.pull(source, HOP)
         allowed, count = await self.throttle.turn(), 0
         try:
             count, stop = await sink.pull(source, allowed)
@@ -324,121 +298,3 @@ class Response:
         except trio.TooSlowError as exc:
             raise self._stalled() from exc
         return trio.current_time() - start
-
-
-class _Sink:
-    """The file end of `Response.save`."""
-
-    def __init__(
-        self,
-        descriptor: AbstractContextManager[int],
-        offset: int,
-        length: int,
-        run: Runner,
-        progress: Progress | None,
-        sieve: Sieve | None,
-    ) -> None:
-        self._descriptor = descriptor
-        self._offset = offset
-        self.length = length
-        self._run = run
-        self._progress = progress
-        self._sieve = sieve
-        self._buffer = memoryview(bytearray(min(_BUFFER, length)))
-        # Invariant: more fits always, for what is held back is less than `SIEVED`.
-        self._held = 0  # bytes at the start of the buffer that may not be written yet
-        self._done = 0
-        self.came = 0
-        """Bytes that came."""
-
-    @property
-    def done(self) -> int:
-        """Bytes in the file."""
-        return self._done
-
-    async def write(self, data: bytes | bytearray) -> None:
-        """Append bytes that are in memory already."""
-        if data:
-            await self._hop(partial(self._put, memoryview(data)))
-            self._count(len(data))
-
-    async def pull(self, source: Duplicate, most: int) -> tuple[int, _Stop]:
-        """Move what the socket holds into the file, in a thread."""
-        count, stop = await self._hop(partial(self._drain, source, most))
-        self._count(count)
-        return count, stop
-
-    async def _hop(self, call: Callable[[], T]) -> T:
-        try:
-            return await self._run(call, what="write")
-        except SourceFailed:  # some of it, before the bytes that are bad
-            self._tell()
-            raise
-
-    def _count(self, count: int) -> None:
-        self.came += count
-        FETCHED_BYTES.inc(count)
-        self._tell()
-
-    def _tell(self) -> None:
-        if self._progress is not None:
-            self._progress(self._done)
-
-    # --- in a thread, one at a time ---
-
-    def _put(self, data: memoryview) -> None:
-        with self._descriptor as fd:
-            while data:
-                room = self._buffer[self._held :]
-                count = min(len(room), len(data))
-                room[:count] = data[:count]
-                data = data[count:]
-                self._let_through(fd, self._held + count)
-
-    def _drain(self, source: Duplicate, most: int) -> tuple[int, _Stop]:
-        moved, stop = 0, _Stop.HOP
-        end = time.monotonic() + _HOP_SECONDS
-        goal = min(self.length - self.came, most)
-        with source as sock, self._descriptor as fd:
-            while stop is _Stop.HOP and moved < goal and time.monotonic() < end:
-                room = self._buffer[self._held :]
-                filled, stop = _fill(sock, room[: goal - moved])
-                moved += filled
-                self._let_through(fd, self._held + filled)
-        return moved, stop
-
-    def _let_through(self, fd: int, count: int) -> None:
-        """Write what may be written of the first bytes of the buffer, and keep the rest there."""
-        waiting = self._buffer[:count]
-        while waiting:
-            passed = self._sieve(waiting) if self._sieve is not None else len(waiting)
-            if not passed:
-                break
-            _write_all(fd, waiting[:passed], self._offset + self._done)
-            self._done += passed
-            waiting = waiting[passed:]
-        self._held = len(waiting)
-        if self._held < count:
-            self._buffer[: self._held] = waiting  # they may overlap: memory is moved, not copied
-
-
-def _fill(sock: int, buffer: memoryview) -> tuple[int, _Stop]:
-    """Receive until the buffer is full or the socket has no more."""
-    filled = 0
-    while filled < len(buffer):
-        try:
-            count = os.readv(sock, [buffer[filled:]])
-        except BlockingIOError:
-            return filled, _Stop.EMPTY
-        except OSError:
-            return filled, _Stop.BROKEN
-        if count == 0:
-            return filled, _Stop.END
-        filled += count
-    return filled, _Stop.HOP
-
-
-def _write_all(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(fd, data, offset)
-        data, offset = data[count:], offset + count

@@ -1,0 +1,223 @@
+"""What comes over a socket gets into the file as it is, past the page cache as through it."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from sectorfs.errors import DiskFull
+from sectorfs.stores.lanes import Descriptor, Lane
+from sectorfs.wire.client import Client
+from sectorfs.wire.sink import BUFFER, EAGER, PastCache, Sieve
+from tests.wire_fixtures import PATIENT, peer, read_request, says, wait_until
+
+PAGE = mmap.PAGESIZE
+DATA = os.urandom(3 * BUFFER + 5 * PAGE + 77)
+SIZES = [1, PAGE - 1, PAGE, PAGE + 1, BUFFER, BUFFER + 1, len(DATA)]
+
+Writes = list[tuple[int, int, int]]
+"""Descriptor, bytes and offset of each."""
+Pwrite = Callable[[int, memoryview, int], int]
+
+
+@contextmanager
+def past_cache(path: Path) -> Iterator[PastCache]:
+    """A file opened twice."""
+    plain = Descriptor(os.open(path, os.O_RDWR | os.O_CREAT))
+    direct = Descriptor(os.open(path, os.O_WRONLY | os.O_DIRECT))
+    try:
+        yield PastCache(direct, plain)
+    finally:
+        plain.close()
+        direct.close()
+
+
+@pytest.fixture
+def writes(monkeypatch: pytest.MonkeyPatch) -> Writes:
+    """What is written."""
+    made: Writes = []
+    real = os.pwrite
+
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+        count = real(fd, data, offset)
+        made.append((fd, count, offset))
+        return count
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    return made
+
+
+async def save(
+    target: PastCache,
+    data: bytes,
+    *,
+    offset: int = 0,
+    sieve: Sieve | None = None,
+    pieces: int = 0,
+) -> list[int]:
+    """Save an answer, sent in pieces of a length or at once; what `progress` was told."""
+    steps: list[int] = []
+
+    async def script(stream: trio.SocketStream) -> None:
+        await read_request(stream)
+        await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(data))
+        for at in range(0, len(data), pieces or len(data)):
+            await stream.send_all(data[at : at + (pieces or len(data))])
+
+    async with (
+        peer(script) as url,
+        Client(PATIENT) as client,
+        client.request("GET", url) as response,
+    ):
+        done = await response.save(
+            target,
+            offset=offset,
+            length=len(data),
+            run=Lane("disk", deadline=5).finish,
+            progress=steps.append,
+            sieve=sieve,
+        )
+    assert done == len(data)
+    return steps
+
+
+@pytest.mark.parametrize("pieces", [0, 10_001])
+@pytest.mark.parametrize("size", SIZES)
+async def test_whole_pages_go_past_the_cache(
+    tmp_path: Path, writes: Writes, size: int, pieces: int
+) -> None:
+    with past_cache(tmp_path / "f") as target:
+        steps = await save(target, DATA[:size], pieces=pieces)
+        with target.direct as direct:
+            past = sum(count for fd, count, _ in writes if fd == direct)
+    assert past == size // PAGE * PAGE
+    assert (tmp_path / "f").read_bytes() == DATA[:size]
+    assert steps == sorted(steps)
+    assert steps[-1] == size
+
+
+@pytest.mark.parametrize("offset", [PAGE, BUFFER - PAGE, 7])
+async def test_it_begins_anywhere(tmp_path: Path, writes: Writes, offset: int) -> None:
+    with past_cache(tmp_path / "f") as target:
+        await save(target, DATA, offset=offset)
+        with target.direct as direct:
+            assert any(fd == direct for fd, _, _ in writes) is (offset != 7)
+    assert (tmp_path / "f").read_bytes() == bytes(offset) + DATA
+    ends = [at + count for _, count, at in writes][:-1]
+    assert all(end % PAGE == 0 for end in ends if offset != 7)
+
+
+async def test_what_is_sent_fast_is_written_up_to_a_megabyte_of_the_file(
+    tmp_path: Path, writes: Writes
+) -> None:
+    with past_cache(tmp_path / "f") as target:
+        await save(target, DATA, offset=BUFFER - EAGER)
+    # All but what came with the header.
+    assert all(at // BUFFER == (at + count - 1) // BUFFER for _, count, at in writes[1:])
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_a_sieve_sees_each_byte_once_and_in_order(tmp_path: Path, size: int) -> None:
+    seen = bytearray()
+
+    def sieve(view: memoryview) -> int:
+        last = len(seen) + len(view) == size
+        passed = len(view) if last else len(view) // EAGER * EAGER
+        seen.extend(view[:passed])
+        return passed
+
+    with past_cache(tmp_path / "f") as target:
+        await save(target, DATA[:size], sieve=sieve, pieces=50_001)
+    assert seen == DATA[:size]
+    assert (tmp_path / "f").read_bytes() == DATA[:size]
+
+
+def _refuses(real: Pwrite, direct: int, calls: list[int]) -> Pwrite:
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+        if fd == direct:
+            calls.append(offset)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(fd, data, offset)
+
+    return pwrite
+
+
+def _cuts_short(real: Pwrite, direct: int, calls: list[int]) -> Pwrite:
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+        if fd == direct:
+            calls.append(offset)
+            return real(fd, data[:PAGE], offset)
+        return real(fd, data, offset)
+
+    return pwrite
+
+
+@pytest.mark.parametrize("way", [_refuses, _cuts_short])
+async def test_a_file_system_that_will_not_gets_it_through_the_cache(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    way: Callable[[Pwrite, int, list[int]], Pwrite],
+) -> None:
+    calls: list[int] = []
+    with past_cache(tmp_path / "f") as target:
+        with target.direct as direct:
+            monkeypatch.setattr(os, "pwrite", way(os.pwrite, direct, calls))
+        await save(target, DATA)
+    assert calls == [0]  # it is asked once
+    assert (tmp_path / "f").read_bytes() == DATA
+
+
+async def test_a_full_disk_says_so() -> None:
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 4096\r\n\r\n" + bytes(4096)
+    full = Descriptor(os.open("/dev/full", os.O_RDWR))
+    async with peer(says(answer)) as url, Client(PATIENT) as client:
+        run = Lane("disk", deadline=5).finish
+        with pytest.raises(DiskFull, match=os.strerror(errno.ENOSPC)):
+            async with client.request("GET", url) as response:
+                await response.save(PastCache(full, full), offset=0, length=4096, run=run)
+    full.close()
+
+
+async def test_a_slow_peer_holds_no_thread_and_is_heard_of(tmp_path: Path) -> None:
+    """After every piece the peer waits until what came is told."""
+    lane = Lane("disk", deadline=5)
+    steps: list[int] = []
+
+    async def script(stream: trio.SocketStream) -> None:
+        await read_request(stream)
+        await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(DATA))
+        for at in range(0, len(DATA), 2 * EAGER):
+            part = DATA[at : at + 2 * EAGER]
+            await stream.send_all(part)
+            end = at + len(part)
+            await wait_until(lambda end=end: (steps or [0])[-1] == end and not lane.busy)
+
+    async with (
+        peer(script) as url,
+        Client(PATIENT) as client,
+        client.request("GET", url) as response,
+    ):
+        with trio.fail_after(60):
+            descriptor = Descriptor(os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT))
+            await response.save(
+                descriptor, offset=0, length=len(DATA), run=lane.finish, progress=steps.append
+            )
+    descriptor.close()
+    assert (tmp_path / "f").read_bytes() == DATA
+
+
+async def test_one_answer_may_be_all(tmp_path: Path) -> None:
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
+    async with peer(says(answer)) as url, Client(PATIENT) as client:
+        with past_cache(tmp_path / "f") as target:
+            async with client.request("GET", url) as response:
+                run = Lane("disk", deadline=5).finish
+                assert await response.save(target, offset=0, length=5, run=run) == 5
+    assert (tmp_path / "f").read_bytes() == b"hello"
