@@ -213,6 +213,32 @@ async def test_a_slow_peer_holds_no_thread_and_is_heard_of(tmp_path: Path) -> No
     assert (tmp_path / "f").read_bytes() == DATA
 
 
+async def test_what_came_with_the_header_waits_for_nothing(tmp_path: Path) -> None:
+    early, steps = DATA[: 2 * EAGER], list[int]()
+
+    async def script(stream: trio.SocketStream) -> None:
+        await read_request(stream)
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(DATA)
+        await stream.send_all(head + early)
+        await wait_until(lambda: steps[-1:] == [len(early)])
+        await stream.send_all(DATA[len(early) :])
+
+    async with (
+        peer(script) as url,
+        Client(PATIENT) as client,
+        client.request("GET", url) as response,
+    ):
+        with past_cache(tmp_path / "f") as target:
+            await response.save(
+                target,
+                offset=0,
+                length=len(DATA),
+                run=Lane("disk", deadline=5).finish,
+                progress=steps.append,
+            )
+    assert (tmp_path / "f").read_bytes() == DATA
+
+
 async def test_one_answer_may_be_all(tmp_path: Path) -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
     async with peer(says(answer)) as url, Client(PATIENT) as client:

@@ -270,8 +270,10 @@ class Response:
             self._state = "raw done"
 
     async def _pull_all(self, sink: Sink, source: Duplicate) -> None:
+        held = sink.came > 0  # what came with the header waits for nothing
         while sink.came < sink.length:
-            waited = await self._wait_readable()
+            waited = 0.0 if held else await self._wait_readable()
+            held = False
             count, stop = await self._pull(sink, source)
             self._pace.moved(count, waited=waited)
             if stop in (Stop.END, Stop.BROKEN):

@@ -113,7 +113,7 @@ class Sink:
             self._count(len(data))
 
     async def begin(self, early: bytes) -> None:
-        """Take what came with the header: with what follows, if anything does."""
+        """Take what came with the header: it is written by the next `pull`, which has to follow."""
         if len(early) < min(self.length, len(self._buffer)):
             self._buffer[: len(early)] = early
             self._used = len(early)
