@@ -23,7 +23,7 @@ from sectorfs.stores import blocks
 from sectorfs.stores.blocks import HEADER, IDENTITY, PIECE, Identity, PartialFile
 from sectorfs.stores.intervals import Intervals
 from sectorfs.stores.lanes import Lane
-from sectorfs.wire.sink import PastCache
+from sectorfs.wire.sink import PastCache, Target
 from tests.wire_fixtures import open_fds, wait_until
 
 MTIME_NS = 1_600_000_000_123_456_789
@@ -461,6 +461,23 @@ async def test_past_the_page_cache_it_is_the_same_file(tmp_path: Path) -> None:
         assert os.pwrite(fd, page, 0) == PIECE
     assert (tmp_path / "elsewhere").read_bytes()[:PIECE] == content(0, PIECE)
     assert (await file.past_cache()) == target
+    file.close()
+    await all_closed(tmp_path)
+
+
+async def test_all_who_write_past_the_page_cache_wait_for_its_descriptor(tmp_path: Path) -> None:
+    file = await opened(tmp_path)
+    found: list[Target] = []
+
+    async def ask() -> None:
+        found.append(await file.past_cache())
+
+    with trio.move_on_after(0):
+        await file.past_cache()  # given up: the next one asks
+    async with trio.open_nursery() as nursery:
+        for _ in range(4):
+            nursery.start_soon(ask)
+    assert [type(one) for one in found] == [PastCache] * 4
     file.close()
     await all_closed(tmp_path)
 

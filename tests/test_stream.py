@@ -386,6 +386,23 @@ async def test_a_fill_brings_the_rest_and_never_delays_a_reader(reader: Reader) 
     assert sum(end - start for start, end in reader.sources.spans()) == SIZE
 
 
+async def test_ahead_of_a_reader_that_pauses_memory_is_filled_once(
+    tmp_path: Path, nursery: trio.Nursery, sources: Sources
+) -> None:
+    """The disk fails while a long window is under way, and nobody reads on."""
+    reader, window, at = await started(tmp_path, nursery, sources, size=128 << 20), Window(), 0
+    with trio.fail_after(60):
+        while reader.stream.arrivals.kept is not None:
+            await reader.read(at, 1 << 20, window)
+            at += 1 << 20
+            if at == 36 << 20:
+                sources.disk_error = DiskFull("no room", "cache")
+                sources.asked.clear()
+            await wait_all_tasks_blocked()
+    assert sum(end - start for start, end in sources.spans()) < 64 << 20
+    reader.stream.close()
+
+
 @pytest.mark.parametrize(
     ("is_open", "least", "past"),
     [(False, SIZE, True), (True, SIZE, False), (False, SIZE + 1, False)],

@@ -93,6 +93,7 @@ class PartialFile:
         self._files = files
         self._unsynced = Intervals()
         self._syncing: trio.Event | None = None
+        self._asking_direct = trio.Lock()
         self._doubtful = False
 
     @classmethod
@@ -115,15 +116,15 @@ class PartialFile:
     async def past_cache(self) -> Target:
         """The data file for what nobody reads soon: past the page cache, where that is possible."""
         files = self._files
-        if not files.asked_direct:
-            files.asked_direct = True
-            files.take_direct(
-                await self._lane.run(
-                    partial(_open_direct, self._lane, files.data),
-                    what=f"open {self.path.name}",
-                    discard=_close,
+        async with self._asking_direct:
+            if not files.asked_direct:
+                files.take_direct(
+                    await self._lane.run(
+                        partial(_open_direct, self._lane, files.data),
+                        what=f"open {self.path.name}",
+                        discard=_close,
+                    )
                 )
-            )
         return files.data if files.direct is None else PastCache(files.direct, files.data)
 
     @property
@@ -278,7 +279,7 @@ class _Files:
                 xattr.xattr(fd).set(IDENTITY, msgspec.json.encode(named))
 
     def take_direct(self, direct: Descriptor | None) -> None:
-        self.direct = direct
+        self.direct, self.asked_direct = direct, True
         if self.data.closed:
             _close(direct)
 

@@ -470,6 +470,8 @@ class Stream:
             chunk = FILL_CHUNK
         else:
             wanted, chunk = list(self._ahead.values()), AHEAD_CHUNK
+            if self.arrivals.kept is None:  # memory has room for no more, and forgets the oldest
+                wanted = [(at, min(end, at + AHEAD_IN_MEMORY)) for at, end in wanted]
         queued = Intervals((one.start, one.end) for one in self._requests)
         for start, end in wanted:
             for gap in self._unasked(start, end):
