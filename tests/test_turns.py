@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sectorfs.errors import Refused, SectorFSError
-from sectorfs.stores.turns import Turn, Turns
+from sectorfs.stores.turns import MOMENT, Turn, Turns
 from sectorfs.types import SectorFile, StorageID
 from tests.moving_fixtures import CACHE, SEALED, Rig, clone, content, there, two_nodes
 
@@ -69,7 +69,8 @@ def turn(to: StorageID | None, *, asks: bool = False) -> Turn:
         (turn(None), None, False),  # a removal, or a copy that is fetched: it ends by itself
         (turn(None), A, False),
         (turn(B), None, True),  # the destination of a move cannot lose the file
-        (turn(B), A, True),
+        (turn(B), A, False),  # not at once: it may soon be refused itself
+        (turn(B), C, True),
         (turn(B, asks=True), None, True),
         (turn(B, asks=True), A, False),  # it is refused itself where it asks
         (turn(B, asks=True), B, True),
@@ -112,6 +113,37 @@ async def test_a_request_that_waits_is_refused_when_a_move_gets_the_turn() -> No
             assert not refused.is_set()
         with trio.fail_after(5):
             await refused.wait()
+    assert turns._lines == {}
+
+
+@pytest.mark.parametrize("asks", [True, False])
+async def test_a_request_that_goes_first_waits_a_moment_for_a_move_to_ask(
+    autojump_clock: trio.testing.MockClock, asks: bool
+) -> None:
+    """Refused at once it might refuse the other's request yet: then neither would be done."""
+    turns, start, outcome = Turns(), trio.current_time(), list[object]()
+
+    async def ask() -> None:
+        try:
+            async with turns.asked(SEALED, A):
+                outcome.append("granted")
+        except Refused as exc:
+            outcome.append(exc)
+
+    async with trio.open_nursery() as nursery:
+        async with turns.of(SEALED, to=B) as held:
+            nursery.start_soon(ask)
+            await trio.sleep(MOMENT / 2)
+            assert outcome == []
+            if asks:
+                held.ask()
+                await trio.sleep(10 * MOMENT)
+                assert outcome == []
+            else:
+                await trio.sleep(MOMENT)  # it copies for long
+                assert isinstance(outcome[0], Refused)
+                assert trio.current_time() - start <= 1.5 * MOMENT
+    assert asks == (outcome == ["granted"])
     assert turns._lines == {}
 
 

@@ -9,6 +9,7 @@ gets meanwhile; whoever is refused gives its own turn back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -16,6 +17,9 @@ import trio
 
 from sectorfs.errors import Refused
 from sectorfs.types import SectorFile, StorageID
+
+MOMENT = 2.0
+"""Seconds that a move which goes first waits for another to begin to ask, as it soon may."""
 
 
 class Turn:
@@ -37,7 +41,11 @@ class Turn:
         """Whether a removal asked for by another node, for a move to `by`, must not wait for it."""
         if self.to is None:
             return False
-        return not self.asks or by is None or self.to <= by
+        return by is None or self.to <= by
+
+    def is_undecided(self, by: StorageID | None) -> bool:
+        """Whether it would let that removal go first, once it waits for another node itself."""
+        return self.to is not None and not self.asks and by is not None
 
 
 class _Line:
@@ -66,36 +74,41 @@ class Turns:
     @asynccontextmanager
     async def of(self, file: SectorFile, *, to: StorageID | None = None) -> AsyncIterator[Turn]:
         """Hold the turn of a file for the block; `to` where a move to this node is to be done."""
-        async with self._hold(file, to, lambda holder: None) as turn:
+        async with self._hold(file, to, lambda holder: math.inf) as turn:
             yield turn
 
     @asynccontextmanager
     async def asked(self, file: SectorFile, by: StorageID | None) -> AsyncIterator[Turn]:
         """The same for another node, which moves the file to `by`, or just wants it removed.
 
-        `Refused` at once rather than to wait for a move that may wait for that node.
+        `Refused` at once rather than to wait for a move that may wait for that node, and after
+        `MOMENT` seconds for one that will not wait for any node soon, as it copies yet.
         """
+        end = trio.current_time() + MOMENT
 
-        def decide(holder: Turn) -> None:
-            if holder.refuses(by):
+        def decide(holder: Turn) -> float:
+            undecided = holder.is_undecided(by)
+            if holder.refuses(by) or (undecided and trio.current_time() >= end):
                 raise Refused(f"is being moved to {holder.to}", file, "try again when that is done")
+            return end if undecided else math.inf
 
         async with self._hold(file, None, decide) as turn:
             yield turn
 
     @asynccontextmanager
     async def _hold(
-        self, file: SectorFile, to: StorageID | None, decide: Callable[[Turn], object]
+        self, file: SectorFile, to: StorageID | None, decide: Callable[[Turn], float]
     ) -> AsyncIterator[Turn]:
+        """`decide` says when to look at a holder again, though nothing changed, or raises."""
         line = self._lines.setdefault(file, _Line())
         turn = Turn(to, line.tell)
         line.waiting.append(turn)
         try:
             await trio.lowlevel.checkpoint()
             while line.holder is not None or line.waiting[0] is not turn:
-                if line.holder is not None:
-                    decide(line.holder)
-                await line.moved.wait()
+                until = decide(line.holder) if line.holder is not None else math.inf
+                with trio.move_on_at(until):
+                    await line.moved.wait()
             line.holder = turn
             line.waiting.remove(turn)
             line.tell()
