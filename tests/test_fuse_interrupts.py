@@ -271,7 +271,7 @@ async def test_many_killed_processes_do_no_harm(world: World) -> None:
             D=world.mountpoint,
         )
         assert await call(world.seen("sealed/7").read_bytes) == DATA
-        assert not world.operations.interrupts.waiting
+        await eventually(lambda: not world.operations.interrupts.waiting)
 
 
 # Without a mount
