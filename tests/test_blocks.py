@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import mmap
 import os
 import signal
 import subprocess
@@ -23,7 +22,6 @@ from sectorfs.stores import blocks
 from sectorfs.stores.blocks import HEADER, IDENTITY, PIECE, Identity, PartialFile
 from sectorfs.stores.intervals import Intervals
 from sectorfs.stores.lanes import Lane
-from sectorfs.wire.sink import PastCache, Target
 from tests.wire_fixtures import open_fds, wait_until
 
 MTIME_NS = 1_600_000_000_123_456_789
@@ -448,72 +446,6 @@ async def test_a_killed_writer_leaves_true_marks(tmp_path: Path, until: int) -> 
         with file.descriptor as fd:
             assert os.pread(fd, high - low, low) == content(low, high)
     file.close()
-
-
-async def test_past_the_page_cache_it_is_the_same_file(tmp_path: Path) -> None:
-    file = await opened(tmp_path)
-    target = await file.past_cache()
-    assert isinstance(target, PastCache)
-    (tmp_path / "f.part").rename(tmp_path / "elsewhere")
-    (tmp_path / "f.part").write_bytes(b"another")
-    with target.direct as fd, mmap.mmap(-1, PIECE) as page:
-        page[:] = content(0, PIECE)
-        assert os.pwrite(fd, page, 0) == PIECE
-    assert (tmp_path / "elsewhere").read_bytes()[:PIECE] == content(0, PIECE)
-    assert (await file.past_cache()) == target
-    file.close()
-    await all_closed(tmp_path)
-
-
-async def test_all_who_write_past_the_page_cache_wait_for_its_descriptor(tmp_path: Path) -> None:
-    file = await opened(tmp_path)
-    found: list[Target] = []
-
-    async def ask() -> None:
-        found.append(await file.past_cache())
-
-    with trio.move_on_after(0):
-        await file.past_cache()  # given up: the next one asks
-    async with trio.open_nursery() as nursery:
-        for _ in range(4):
-            nursery.start_soon(ask)
-    assert [type(one) for one in found] == [PastCache] * 4
-    file.close()
-    await all_closed(tmp_path)
-
-
-async def test_where_nothing_goes_past_the_page_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file, real = await opened(tmp_path), os.open
-
-    def refuse(path: str, flags: int, *args: int) -> int:
-        if flags & os.O_DIRECT:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return real(path, flags, *args)
-
-    monkeypatch.setattr(os, "open", refuse)
-    assert await file.past_cache() is file.descriptor
-    monkeypatch.undo()
-    assert await file.past_cache() is file.descriptor  # it is asked once
-    file.close()
-
-
-async def test_closed_while_it_is_opened_once_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file, real = await opened(tmp_path), os.open
-    loop = trio.lowlevel.current_trio_token()
-
-    def late(path: str, flags: int, *args: int) -> int:
-        fd = real(path, flags, *args)
-        if flags & os.O_DIRECT:
-            trio.from_thread.run_sync(file.close, trio_token=loop)
-        return fd
-
-    monkeypatch.setattr(os, "open", late)
-    await file.past_cache()
-    await all_closed(tmp_path)
 
 
 async def test_giving_up_deletes_both_files(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 from collections.abc import Callable, Iterator
@@ -15,28 +16,38 @@ import trio
 from sectorfs.errors import DiskFull
 from sectorfs.stores.lanes import Descriptor, Lane
 from sectorfs.wire.client import Client
-from sectorfs.wire.sink import BUFFER, EAGER, PastCache, Sieve
-from tests.wire_fixtures import PATIENT, peer, read_request, says, wait_until
+from sectorfs.wire.sink import BUFFER, EAGER, Sieve
+from tests.wire_fixtures import (
+    PATIENT,
+    fds_return_to,
+    open_fds,
+    peer,
+    read_request,
+    says,
+    wait_until,
+)
 
 PAGE = mmap.PAGESIZE
 DATA = os.urandom(3 * BUFFER + 5 * PAGE + 77)
 SIZES = [1, PAGE - 1, PAGE, PAGE + 1, BUFFER, BUFFER + 1, len(DATA)]
 
-Writes = list[tuple[int, int, int]]
-"""Descriptor, bytes and offset of each."""
+Writes = list[tuple[bool, int, int]]
+"""Whether it went past the page cache, bytes and offset of each."""
 Pwrite = Callable[[int, memoryview, int], int]
 
 
 @contextmanager
-def past_cache(path: Path) -> Iterator[PastCache]:
-    """A file opened twice."""
-    plain = Descriptor(os.open(path, os.O_RDWR | os.O_CREAT))
-    direct = Descriptor(os.open(path, os.O_WRONLY | os.O_DIRECT))
+def opened(path: Path) -> Iterator[Descriptor]:
+    descriptor = Descriptor(os.open(path, os.O_RDWR | os.O_CREAT))
     try:
-        yield PastCache(direct, plain)
+        yield descriptor
     finally:
-        plain.close()
-        direct.close()
+        descriptor.close()
+
+
+def is_direct(fd: int) -> bool:
+    """Whether what is written there goes past the page cache."""
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
 
 
 @pytest.fixture
@@ -47,7 +58,7 @@ def writes(monkeypatch: pytest.MonkeyPatch) -> Writes:
 
     def pwrite(fd: int, data: memoryview, offset: int) -> int:
         count = real(fd, data, offset)
-        made.append((fd, count, offset))
+        made.append((is_direct(fd), count, offset))
         return count
 
     monkeypatch.setattr(os, "pwrite", pwrite)
@@ -55,14 +66,14 @@ def writes(monkeypatch: pytest.MonkeyPatch) -> Writes:
 
 
 async def save(
-    target: PastCache,
+    path: Path,
     data: bytes,
     *,
     offset: int = 0,
     sieve: Sieve | None = None,
     pieces: int = 0,
 ) -> list[int]:
-    """Save an answer, sent in pieces of a length or at once; what `progress` was told."""
+    """Save an answer past the cache, sent in pieces or at once; what `progress` was told."""
     steps: list[int] = []
 
     async def script(stream: trio.SocketStream) -> None:
@@ -76,14 +87,16 @@ async def save(
         Client(PATIENT) as client,
         client.request("GET", url) as response,
     ):
-        done = await response.save(
-            target,
-            offset=offset,
-            length=len(data),
-            run=Lane("disk", deadline=5).finish,
-            progress=steps.append,
-            sieve=sieve,
-        )
+        with opened(path) as descriptor:
+            done = await response.save(
+                descriptor,
+                offset=offset,
+                length=len(data),
+                run=Lane("disk", deadline=5).finish,
+                past_cache=True,
+                progress=steps.append,
+                sieve=sieve,
+            )
     assert done == len(data)
     return steps
 
@@ -93,10 +106,8 @@ async def save(
 async def test_whole_pages_go_past_the_cache(
     tmp_path: Path, writes: Writes, size: int, pieces: int
 ) -> None:
-    with past_cache(tmp_path / "f") as target:
-        steps = await save(target, DATA[:size], pieces=pieces)
-        with target.direct as direct:
-            past = sum(count for fd, count, _ in writes if fd == direct)
+    steps = await save(tmp_path / "f", DATA[:size], pieces=pieces)
+    past = sum(count for direct, count, _ in writes if direct)
     assert past == size // PAGE * PAGE
     assert (tmp_path / "f").read_bytes() == DATA[:size]
     assert steps == sorted(steps)
@@ -105,10 +116,8 @@ async def test_whole_pages_go_past_the_cache(
 
 @pytest.mark.parametrize("offset", [PAGE, BUFFER - PAGE, 7])
 async def test_it_begins_anywhere(tmp_path: Path, writes: Writes, offset: int) -> None:
-    with past_cache(tmp_path / "f") as target:
-        await save(target, DATA, offset=offset)
-        with target.direct as direct:
-            assert any(fd == direct for fd, _, _ in writes) is (offset != 7)
+    await save(tmp_path / "f", DATA, offset=offset)
+    assert any(direct for direct, _, _ in writes) is (offset != 7)
     assert (tmp_path / "f").read_bytes() == bytes(offset) + DATA
     ends = [at + count for _, count, at in writes][:-1]
     assert all(end % PAGE == 0 for end in ends if offset != 7)
@@ -117,8 +126,7 @@ async def test_it_begins_anywhere(tmp_path: Path, writes: Writes, offset: int) -
 async def test_what_is_sent_fast_is_written_up_to_a_megabyte_of_the_file(
     tmp_path: Path, writes: Writes
 ) -> None:
-    with past_cache(tmp_path / "f") as target:
-        await save(target, DATA, offset=BUFFER - EAGER)
+    await save(tmp_path / "f", DATA, offset=BUFFER - EAGER)
     # All but what came with the header.
     assert all(at // BUFFER == (at + count - 1) // BUFFER for _, count, at in writes[1:])
 
@@ -133,15 +141,14 @@ async def test_a_sieve_sees_each_byte_once_and_in_order(tmp_path: Path, size: in
         seen.extend(view[:passed])
         return passed
 
-    with past_cache(tmp_path / "f") as target:
-        await save(target, DATA[:size], sieve=sieve, pieces=50_001)
+    await save(tmp_path / "f", DATA[:size], sieve=sieve, pieces=50_001)
     assert seen == DATA[:size]
     assert (tmp_path / "f").read_bytes() == DATA[:size]
 
 
-def _refuses(real: Pwrite, direct: int, calls: list[int]) -> Pwrite:
+def _refuses(real: Pwrite, calls: list[int]) -> Pwrite:
     def pwrite(fd: int, data: memoryview, offset: int) -> int:
-        if fd == direct:
+        if is_direct(fd):
             calls.append(offset)
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return real(fd, data, offset)
@@ -149,9 +156,9 @@ def _refuses(real: Pwrite, direct: int, calls: list[int]) -> Pwrite:
     return pwrite
 
 
-def _cuts_short(real: Pwrite, direct: int, calls: list[int]) -> Pwrite:
+def _cuts_short(real: Pwrite, calls: list[int]) -> Pwrite:
     def pwrite(fd: int, data: memoryview, offset: int) -> int:
-        if fd == direct:
+        if is_direct(fd):
             calls.append(offset)
             return real(fd, data[:PAGE], offset)
         return real(fd, data, offset)
@@ -161,17 +168,48 @@ def _cuts_short(real: Pwrite, direct: int, calls: list[int]) -> Pwrite:
 
 @pytest.mark.parametrize("way", [_refuses, _cuts_short])
 async def test_a_file_system_that_will_not_gets_it_through_the_cache(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    way: Callable[[Pwrite, int, list[int]], Pwrite],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: Callable[[Pwrite, list[int]], Pwrite]
 ) -> None:
     calls: list[int] = []
-    with past_cache(tmp_path / "f") as target:
-        with target.direct as direct:
-            monkeypatch.setattr(os, "pwrite", way(os.pwrite, direct, calls))
-        await save(target, DATA)
+    monkeypatch.setattr(os, "pwrite", way(os.pwrite, calls))
+    await save(tmp_path / "f", DATA)
     assert calls == [0]  # it is asked once
     assert (tmp_path / "f").read_bytes() == DATA
+
+
+async def test_a_file_that_opens_only_through_the_cache_is_opened_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = os.open, list[str]()
+
+    def refuse(path: str, flags: int, *more: int) -> int:
+        if flags & os.O_DIRECT:
+            calls.append(path)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    await save(tmp_path / "f", DATA, pieces=10_001)
+    assert len(calls) == 1
+    assert (tmp_path / "f").read_bytes() == DATA
+
+
+async def test_past_the_cache_it_is_the_same_file_and_stays_open_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, before = os.open, open_fds()
+
+    def replaced(path: str, flags: int, *more: int) -> int:
+        if flags & os.O_DIRECT and not (tmp_path / "old").exists():
+            (tmp_path / "f").rename(tmp_path / "old")
+            (tmp_path / "f").write_bytes(b"another")
+        return real(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", replaced)
+    await save(tmp_path / "f", DATA)
+    assert (tmp_path / "old").read_bytes() == DATA
+    assert (tmp_path / "f").read_bytes() == b"another"
+    await fds_return_to(before)
 
 
 async def test_a_full_disk_says_so() -> None:
@@ -181,7 +219,7 @@ async def test_a_full_disk_says_so() -> None:
         run = Lane("disk", deadline=5).finish
         with pytest.raises(DiskFull, match=os.strerror(errno.ENOSPC)):
             async with client.request("GET", url) as response:
-                await response.save(PastCache(full, full), offset=0, length=4096, run=run)
+                await response.save(full, offset=0, length=4096, run=run)
     full.close()
 
 
@@ -204,12 +242,10 @@ async def test_a_slow_peer_holds_no_thread_and_is_heard_of(tmp_path: Path) -> No
         Client(PATIENT) as client,
         client.request("GET", url) as response,
     ):
-        with trio.fail_after(60):
-            descriptor = Descriptor(os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT))
+        with trio.fail_after(60), opened(tmp_path / "f") as descriptor:
             await response.save(
                 descriptor, offset=0, length=len(DATA), run=lane.finish, progress=steps.append
             )
-    descriptor.close()
     assert (tmp_path / "f").read_bytes() == DATA
 
 
@@ -228,12 +264,13 @@ async def test_what_came_with_the_header_waits_for_nothing(tmp_path: Path) -> No
         Client(PATIENT) as client,
         client.request("GET", url) as response,
     ):
-        with past_cache(tmp_path / "f") as target:
+        with opened(tmp_path / "f") as descriptor:
             await response.save(
-                target,
+                descriptor,
                 offset=0,
                 length=len(DATA),
                 run=Lane("disk", deadline=5).finish,
+                past_cache=True,
                 progress=steps.append,
             )
     assert (tmp_path / "f").read_bytes() == DATA
@@ -242,8 +279,8 @@ async def test_what_came_with_the_header_waits_for_nothing(tmp_path: Path) -> No
 async def test_one_answer_may_be_all(tmp_path: Path) -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
     async with peer(says(answer)) as url, Client(PATIENT) as client:
-        with past_cache(tmp_path / "f") as target:
+        with opened(tmp_path / "f") as descriptor:
             async with client.request("GET", url) as response:
                 run = Lane("disk", deadline=5).finish
-                assert await response.save(target, offset=0, length=5, run=run) == 5
+                assert await response.save(descriptor, offset=0, length=5, run=run) == 5
     assert (tmp_path / "f").read_bytes() == b"hello"

@@ -29,13 +29,12 @@ from sectorfs.stores.answers import Version
 from sectorfs.stores.arrivals import Arrivals, Memory
 from sectorfs.stores.blocks import PIECE, Identity, PartialFile
 from sectorfs.stores.gates import Gate, Priority
-from sectorfs.stores.lanes import Lane
+from sectorfs.stores.lanes import Descriptor, Lane
 from sectorfs.stores.prover import Prover
 from sectorfs.stores.sources import PeerSource
 from sectorfs.stores.stream import BULK, Stream
 from sectorfs.stores.windows import Window
 from sectorfs.types import StorageID
-from sectorfs.wire.sink import PastCache, Target
 from tests.local_fixtures import until
 from tests.test_blocks import content
 
@@ -114,10 +113,11 @@ class Sources:
         self,
         source: PeerSource,
         span: tuple[int, int],
-        target: Target,
+        descriptor: Descriptor,
         *,
         expect: Version | None,
         prover: Prover | None,
+        past_cache: bool,
         progress: Callable[[int], object],
     ) -> Version:
         version = await self._answer(source, [span], expect)
@@ -129,8 +129,8 @@ class Sources:
             if count >= self.stop_after.get(source, count + 1):
                 raise SourceFailed("stopped", source.url)
             part = content(at, min(end, at + step))
-            self.past_cache += isinstance(target, PastCache)
-            with target.plain if isinstance(target, PastCache) else target as fd:
+            self.past_cache += past_cache
+            with descriptor as fd:
                 os.pwrite(fd, part, at)
             progress(at + len(part) - start)
             await trio.lowlevel.checkpoint()

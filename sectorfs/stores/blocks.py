@@ -20,14 +20,12 @@ without extended attributes everything works, but nothing is resumed.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
 import secrets
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -38,9 +36,6 @@ from sectorfs.errors import DiskError, SourceFailed
 from sectorfs.stores.intervals import Intervals
 from sectorfs.stores.lanes import Descriptor, Lane
 from sectorfs.stores.wanted import Wanted
-from sectorfs.wire.sink import PastCache, Target
-
-log = logging.getLogger(__name__)
 
 PIECE = 64 << 10
 """Bytes per mark, and what a small read is rounded to."""
@@ -93,7 +88,6 @@ class PartialFile:
         self._files = files
         self._unsynced = Intervals()
         self._syncing: trio.Event | None = None
-        self._asking_direct = trio.Lock()
         self._doubtful = False
 
     @classmethod
@@ -112,20 +106,6 @@ class PartialFile:
     def descriptor(self) -> Descriptor:
         """Of the data file, for reading what is present and for writing what is not."""
         return self._files.data
-
-    async def past_cache(self) -> Target:
-        """The data file for what nobody reads soon: past the page cache, where that is possible."""
-        files = self._files
-        async with self._asking_direct:
-            if not files.asked_direct:
-                files.take_direct(
-                    await self._lane.run(
-                        partial(_open_direct, self._lane, files.data),
-                        what=f"open {self.path.name}",
-                        discard=_close,
-                    )
-                )
-        return files.data if files.direct is None else PastCache(files.direct, files.data)
 
     @property
     def unsynced(self) -> int:
@@ -255,9 +235,6 @@ class _Files:
     def __init__(self, data: Descriptor, marks: Descriptor) -> None:
         self.data = data
         self.marks = marks
-        self.direct: Descriptor | None = None
-        """The data once more, past the page cache; None before `asked_direct`, or in vain."""
-        self.asked_direct = False
 
     def mark(self, present: Intervals, fresh: Intervals, size: int) -> None:
         """Make the data durable and set the bits of whole pieces in and around `fresh`."""
@@ -278,15 +255,9 @@ class _Files:
                 named = msgspec.structs.replace(stored, identity=identity)
                 xattr.xattr(fd).set(IDENTITY, msgspec.json.encode(named))
 
-    def take_direct(self, direct: Descriptor | None) -> None:
-        self.direct, self.asked_direct = direct, True
-        if self.data.closed:
-            _close(direct)
-
     def close(self) -> None:
         self.data.close()
         self.marks.close()
-        _close(self.direct)
 
 
 def _bits(present: Intervals, first: int, last: int, size: int) -> bytes:
@@ -385,22 +356,6 @@ def _load(fd: int, map_fd: int, identity: Identity) -> _Found | None:
     if identity.digest and not stored.identity.digest:
         return _Found(Intervals(), marked)
     return _Found(marked, Intervals())
-
-
-def _open_direct(lane: Lane, data: Descriptor) -> Descriptor | None:
-    """The very same file, whatever lies at its name by now; None where it cannot be had so."""
-    with data as fd:
-        try:
-            flags = os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC
-            return lane.descriptor(os.open(f"/proc/self/fd/{fd}", flags))
-        except OSError as exc:
-            log.debug("%s: written through the page cache: %s", lane.thing, exc)
-            return None
-
-
-def _close(descriptor: Descriptor | None) -> None:
-    if descriptor is not None:
-        descriptor.close()
 
 
 def _stored(fd: int) -> _Stored | None:

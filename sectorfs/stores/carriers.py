@@ -9,7 +9,7 @@ from functools import partial
 from sectorfs.errors import SectorFSError
 from sectorfs.stores.answers import Version
 from sectorfs.stores.gates import Priority
-from sectorfs.stores.lanes import Lane
+from sectorfs.stores.lanes import Descriptor, Lane
 from sectorfs.stores.manifest import Outline
 from sectorfs.stores.places import Places
 from sectorfs.stores.prover import Piece, Prover
@@ -17,7 +17,6 @@ from sectorfs.stores.rolls import Roll
 from sectorfs.stores.sources import PeerSource
 from sectorfs.stores.transfer import PeerClient
 from sectorfs.types import SectorFile
-from sectorfs.wire.sink import Target
 
 
 class PeerCarrier:
@@ -84,10 +83,11 @@ class PeerCarrier:
         self,
         source: PeerSource,
         span: tuple[int, int],
-        target: Target,
+        descriptor: Descriptor,
         *,
         expect: Version | None,
         prover: Prover | None,
+        past_cache: bool,
         progress: Callable[[int], object],
     ) -> Version:
         """See `Carrier.receive`."""
@@ -96,9 +96,10 @@ class PeerCarrier:
             self._file,
             self._member,
             span,
-            target,
+            descriptor,
             expect=expect or self._declared(source),
             run=self._run,
+            past_cache=past_cache,
             progress=self._noting(source, progress),
             sieve=partial(prover.sieve, source, span) if prover is not None else None,
         )

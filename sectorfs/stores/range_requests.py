@@ -11,9 +11,9 @@ import trio
 from sectorfs.errors import SectorFSError
 from sectorfs.stores.answers import Version
 from sectorfs.stores.gates import Priority
+from sectorfs.stores.lanes import Descriptor
 from sectorfs.stores.prover import Prover
 from sectorfs.stores.sources import PeerSource
-from sectorfs.wire.sink import Target
 
 
 class Carrier(Protocol):
@@ -38,15 +38,17 @@ class Carrier(Protocol):
         self,
         source: PeerSource,
         span: tuple[int, int],
-        target: Target,
+        descriptor: Descriptor,
         *,
         expect: Version | None,
         prover: Prover | None,
+        past_cache: bool,
         progress: Callable[[int], object],
     ) -> Version:
-        """A span into its place in a file; `progress` gets the bytes of it that are there.
+        """A span into a file, at its place; `progress` gets the bytes of it that are there.
 
-        Errors as above; with a prover nothing that is wrong gets into the file.
+        Errors as above; with a prover nothing that is wrong gets into the file. `past_cache`: past
+        the page cache, where that is possible.
         """
 
     def place(self, source: PeerSource, priority: Priority) -> AbstractAsyncContextManager[None]:

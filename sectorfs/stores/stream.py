@@ -404,13 +404,13 @@ class Stream:
                 self.arrivals.saved(span[0], span[0] + done)
             request.tell()
 
-        past = request.priority is Priority.FILL and self._unread()
         version = await self._carrier.receive(
             source,
             span,
-            await kept.past_cache() if past else kept.descriptor,
+            kept.descriptor,
             expect=self._versions.get(source),
             prover=self.prover,
+            past_cache=request.priority is Priority.FILL and self._unread(),
             progress=progress,
         )
         self._learn(source, version)

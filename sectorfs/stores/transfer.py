@@ -65,7 +65,7 @@ from sectorfs.types import (
 from sectorfs.wire.client import Client
 from sectorfs.wire.messages import Runner
 from sectorfs.wire.response import Response
-from sectorfs.wire.sink import Sieve, Target
+from sectorfs.wire.sink import Sieve
 
 EXPECT_HEADER = "sectorfs-expect"
 """``<size>-<mtime in ns>`` in a request to remove a file: what is to be removed, and nothing else.
@@ -288,16 +288,18 @@ class PeerClient:
         file: SectorFile,
         member: str | None,
         span: tuple[int, int],
-        target: Target,
+        descriptor: AbstractContextManager[int],
         *,
         expect: Version | None,
         run: Runner,
+        past_cache: bool = False,
         progress: Callable[[int], object] | None = None,
         sieve: Callable[[bytes], AbstractAsyncContextManager[Sieve]] | None = None,
     ) -> Version:
-        """Write a span to its place in `target`; else as `ranges` and `fetch`.
+        """Write a span to its place in `descriptor`; else as `ranges` and `fetch`.
 
-        With a `sieve`, which is made of the leaf hashes that came, only what that lets through.
+        With a `sieve`, which is made of the leaf hashes that came, only what that lets through;
+        `past_cache` as `Response.save`.
         """
         start, end = span
         url = _file_url(base_url, file, member)
@@ -307,10 +309,11 @@ class PeerClient:
             version = span_version(response, span, expect)
             save = partial(
                 response.save,
-                target,
+                descriptor,
                 offset=start,
                 length=end - start,
                 run=run,
+                past_cache=past_cache,
                 progress=progress,
             )
             if sieve is None:

@@ -22,7 +22,7 @@ from sectorfs.wire.duplicates import Duplicate
 from sectorfs.wire.messages import Runner
 from sectorfs.wire.pace import Pace
 from sectorfs.wire.rates import Throttle
-from sectorfs.wire.sink import BUFFER, HOP, Progress, Sieve, Sink, Stop, Target
+from sectorfs.wire.sink import BUFFER, HOP, Progress, Sieve, Sink, Stop
 
 HEADER_LIMIT = 32 * 1024
 
@@ -110,11 +110,12 @@ class Response:
 
     async def save(
         self,
-        target: Target,
+        descriptor: AbstractContextManager[int],
         *,
         offset: int,
         length: int,
         run: Runner,
+        past_cache: bool = False,
         progress: Progress | None = None,
         sieve: Sieve | None = None,
     ) -> int:
@@ -123,11 +124,12 @@ class Response:
         `progress` is told how many bytes are in the file, and nothing that `sieve` holds back gets
         there. `run` must not give a call up because it is cancelled (`Lane.finish`). `SourceFailed`
         naming both numbers for a body of another length; errors of the disk are `run`'s.
+        `past_cache`: nobody will read it soon, so past the page cache, where the file system lets.
         """
         self._begin()
         if not self._empty and self.length is not None and self.length != length:
             raise SourceFailed(f"sends {self.length} bytes instead of {length}", self.url)
-        sink = Sink(target, offset, length, run, progress, sieve)
+        sink = Sink(descriptor, offset, length, run, progress, sieve, past_cache=past_cache)
         if self._empty or self.length is None:
             await self._save_pieces(sink)
             if sink.came != length:

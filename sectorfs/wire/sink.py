@@ -4,29 +4,30 @@ Bytes go from the socket into one buffer and from there into the file, in pieces
 file's own megabytes do: the kernel keeps and writes those as one. Whoever can tell good bytes from
 bad ones does so in between (`Sieve`), so that what is bad never gets into the file.
 
-What nobody reads soon goes past the page cache (`PastCache`), which spares a copy of every byte and
-leaves the cache to those who read.
+What nobody reads soon goes past the page cache (``O_DIRECT``), which spares a copy of every byte
+and leaves the cache to those who read.
 """
 
 from __future__ import annotations
 
 import enum
 import errno
+import logging
 import mmap
 import os
 import select
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TypeVar
-
-import msgspec
 
 from sectorfs.errors import SourceFailed
 from sectorfs.metrics import FETCHED_BYTES
 from sectorfs.wire.duplicates import Duplicate
 from sectorfs.wire.messages import Runner
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -50,17 +51,8 @@ of all up to a multiple of `BUFFER` in the file, it never says 0.
 """
 
 
-class PastCache(msgspec.Struct, frozen=True):
-    """A file that is written past the page cache."""
-
-    direct: AbstractContextManager[int]
-    """Opened with ``O_DIRECT``: takes whole pages."""
-    plain: AbstractContextManager[int]
-    """The same file: takes the rest, and everything where the file system refuses."""
-
-
-Target = AbstractContextManager[int] | PastCache
-"""What a body is written to: a descriptor while the block over it runs."""
+_Files = tuple[int, int | None]
+"""A file's descriptor, and a second one that goes past the page cache and takes whole pages."""
 
 
 class Stop(enum.Enum):
@@ -77,18 +69,18 @@ class Sink:
 
     def __init__(
         self,
-        target: Target,
+        descriptor: AbstractContextManager[int],
         offset: int,
         length: int,
         run: Runner,
         progress: Progress | None,
         sieve: Sieve | None,
+        *,
+        past_cache: bool = False,
     ) -> None:
         """`progress` is told how many bytes are in the file; `run` is a `Lane.finish`."""
-        self._plain = target.plain if isinstance(target, PastCache) else target
-        self._direct = target.direct if isinstance(target, PastCache) else None
-        if offset % mmap.PAGESIZE:
-            self._direct = None
+        self._descriptor = descriptor
+        self._past_cache = past_cache and offset % mmap.PAGESIZE == 0
         self._offset = offset
         self.length = length
         self._run = run
@@ -147,25 +139,37 @@ class Sink:
     # --- in a thread, one at a time ---
 
     def _put(self, data: memoryview) -> None:
-        while data:
-            room = self._room()
-            count = min(len(room), len(data))
-            room[:count] = data[:count]
-            data = data[count:]
-            self._used += count
-            self._let_through()
+        with self._opened() as files:
+            while data:
+                room = self._room()
+                count = min(len(room), len(data))
+                room[:count] = data[:count]
+                data = data[count:]
+                self._used += count
+                self._let_through(files)
 
     def _drain(self, source: Duplicate, most: int) -> tuple[int, Stop]:
         moved, stop, begun = 0, Stop.HOP, time.monotonic()
         goal = min(self.length - self.came, most)
-        with source as sock:
+        with source as sock, self._opened() as files:
             while stop is Stop.HOP and moved < goal and time.monotonic() < begun + HOP_SECONDS:
                 room = self._room()[: goal - moved]
                 filled, stop = _fill(sock, room, EAGER - moved, begun + EAGER_SECONDS)
                 moved += filled
                 self._used += filled
-                self._let_through()
+                self._let_through(files)
         return moved, stop
+
+    @contextmanager
+    def _opened(self) -> Iterator[_Files]:
+        with self._descriptor as plain:
+            direct = _open_direct(plain) if self._past_cache else None
+            self._past_cache = direct is not None
+            try:
+                yield plain, direct
+            finally:
+                if direct is not None:
+                    os.close(direct)
 
     def _room(self) -> memoryview:
         """Where the next bytes go: up to a multiple of `BUFFER` in the file, so never nothing."""
@@ -174,10 +178,10 @@ class Sink:
         assert room, "a sieve let nothing through"
         return room
 
-    def _let_through(self) -> None:
+    def _let_through(self, files: _Files) -> None:
         """Write what may be written of the first bytes of the buffer, and keep the rest there."""
         ready = self._used
-        if self._direct is not None and self._done + ready < self.length:
+        if self._past_cache and self._done + ready < self.length:
             ready -= ready % mmap.PAGESIZE
         written = 0
         while written < ready:
@@ -185,32 +189,39 @@ class Sink:
             passed = self._sieve(waiting) if self._sieve is not None else len(waiting)
             if not passed:
                 break
-            self._write(waiting[:passed])
+            self._write(files, waiting[:passed])
             written += passed
         rest = self._buffer[written : self._used]
         if written and rest:
             self._buffer[: len(rest)] = rest  # they may overlap: memory is moved, not copied
         self._used = len(rest)
 
-    def _write(self, data: memoryview) -> None:
+    def _write(self, files: _Files, data: memoryview) -> None:
+        plain, direct = files
         whole = len(data) - len(data) % mmap.PAGESIZE
-        if self._direct is not None and whole:
+        if self._past_cache and direct is not None and whole:
             try:
-                with self._direct as fd:
-                    count = os.pwrite(fd, data[:whole], self._offset + self._done)
+                count = os.pwrite(direct, data[:whole], self._offset + self._done)
             except OSError as exc:
                 if exc.errno != errno.EINVAL:
                     raise
                 count = 0
-            if count < whole:
-                self._direct = None  # the other one does it, or says why not
+            self._past_cache = count == whole  # else the other one does it, or says why not
             self._done += count
             data = data[count:]
-        with self._plain as fd:
-            while data:
-                count = os.pwrite(fd, data, self._offset + self._done)
-                self._done += count
-                data = data[count:]
+        while data:
+            count = os.pwrite(plain, data, self._offset + self._done)
+            self._done += count
+            data = data[count:]
+
+
+def _open_direct(fd: int) -> int | None:
+    """The very same file, whatever lies at its name by now; None where it cannot be had so."""
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError as exc:
+        log.debug("descriptor %d: written through the page cache: %s", fd, exc)
+        return None
 
 
 def _fill(sock: int, buffer: memoryview, eager: int, until: float) -> tuple[int, Stop]:
